@@ -1,0 +1,104 @@
+"""The command line: parse, call, turn errors into one clear line.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_ignite.config import InputError, load_config
+
+# torch takes seconds to import; `--help` and a wrong option should not wait for it, so commands import what they call.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = create_parser().parse_args(arguments)
+    console = logging.StreamHandler(sys.stdout)
+    package = logging.getLogger("cifar_ignite")
+    package.setLevel(logging.INFO)
+    package.addHandler(console)
+    # Ignite logs each exception that passes through an engine; we print it once, below.
+    logging.getLogger("ignite").addHandler(logging.NullHandler())
+    try:
+        options.command(options)
+    except InputError as error:
+        return _fail(2, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted; continue with RESUME=latest (--resume latest)")
+    finally:
+        package.removeHandler(console)
+    return 0
+
+
+def _fail(status: int, message: object) -> int:
+    print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    return status
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cifar_ignite", description="Train CIFAR-10 ResNets on PyTorch-Ignite.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a model, or go on training it", allow_abbrev=False)
+    command.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON configuration of the run")
+    command.add_argument(
+        "--resume",
+        metavar="latest|PATH",
+        help="continue the newest run of the experiment, a run folder, or a training state (checkpoints/*.pt)",
+    )
+    _add_overrides(command)
+    command.set_defaults(command=_train)
+
+    command = commands.add_parser("evaluate", help="predict the test set with a trained model", allow_abbrev=False)
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint (default: the newest best model)")
+    which.add_argument("--model", metavar="NAME", help="the best model of this experiment")
+    command.add_argument(
+        "--test-file", type=Path, metavar="PATH", help="unlabelled competition pickle, in place of the test set"
+    )
+    _add_overrides(command)
+    command.set_defaults(command=_evaluate)
+
+    command = commands.add_parser("models", help="list the models with parameters and multiply-adds", allow_abbrev=False)
+    command.set_defaults(command=_models)
+    return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="override one key of the configuration, for example optimizer.lr=0.1; may be repeated",
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from cifar_ignite.train import train
+
+    train(config, options.resume)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from cifar_ignite.evaluate import evaluate
+
+    evaluate(options.checkpoint, options.model, options.test_file, options.overrides)
+
+
+def _models(options: argparse.Namespace) -> None:
+    from cifar_ignite.models import describe_models
+
+    print(describe_models())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The JSON configuration as typed, frozen, validated objects.
+
+A run is one complete configuration. The groups mirror the modules that read them; a new knob is a field here, in
+the group of the code that reads it, and a line in the README's table.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Channels = tuple[float, float, float]
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that says what, and what to do. Exit status 2."""
+
+
+class Section(BaseModel):
+    """A group of keys: immutable, unknown keys refused, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SyntheticConfig(Section):
+    """The embedded dataset (`data.source` = synthetic)."""
+
+    train_size: Count = 50_000
+    test_size: Count = 10_000
+    seed: int = Field(0, ge=0)
+
+
+class DataConfig(Section):
+    """What is read and how it is cut into batches."""
+
+    source: Literal["cifar10", "synthetic"] = "cifar10"
+    root: Path = Path("data")
+    batch_size: Count = 128
+    validation: int = Field(5_000, ge=0)
+    split_seed: int = Field(0, ge=0)
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+class AugmentConfig(Section):
+    """Strength of each augmentation of the training images, and the normalisation of all images."""
+
+    flip_p: Probability = 0.5
+    crop_padding: int = Field(0, ge=0, lt=32)
+    crop_mode: Literal["constant", "reflect"] = "reflect"
+    rotation_degrees: float = Field(15.0, ge=0, le=180)
+    perspective_p: Probability = 0.5
+    perspective_distortion: float = Field(0.2, ge=0, lt=1)
+    brightness: float = Field(0.3, ge=0, le=1)
+    contrast: float = Field(0.3, ge=0, le=1)
+    saturation: float = Field(0.3, ge=0, le=1)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    erasing_p: Probability = 0.3
+    erasing_scale: tuple[Probability, Probability] = (0.02, 0.2)
+    erasing_ratio: tuple[Positive, Positive] = (0.3, 3.3)
+    cutout_size: int = Field(0, ge=0, le=32)
+    cutmix_p: Probability = 0.7
+    cutmix_alpha: Positive = 1.0
+    mixup_p: Probability = 0.0
+    mixup_alpha: Positive = 0.2
+    mean: Channels = (0.4914, 0.4822, 0.4465)
+    std: tuple[Positive, Positive, Positive] = (0.2023, 0.1994, 0.2010)
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> "AugmentConfig":
+        for name in ("erasing_scale", "erasing_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the lower bound {low} is above the upper bound {high}")
+        if self.cutmix_p + self.mixup_p > 1:
+            raise ValueError(f"cutmix_p + mixup_p = {self.cutmix_p + self.mixup_p:g} is above 1: a batch gets one of them")
+        return self
+
+
+class ModelConfig(Section):
+    """Which network. None leaves an option at the model's own default; an option the model lacks is refused."""
+
+    name: str = "se_resnet"
+    width: Count | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    se_reduction: Count | None = None
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class OptimizerConfig(Section):
+    """Stochastic gradient descent with momentum. `lr` is the peak of the schedule."""
+
+    lr: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 1e-4
+
+
+class ScheduleConfig(Section):
+    """How the learning rate moves from lr / div_factor to lr and down to lr / div_factor / final_div_factor."""
+
+    name: Literal["onecycle", "cosine"] = "onecycle"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    div_factor: Annotated[float, Field(ge=1)] = 25.0
+    final_div_factor: Annotated[float, Field(ge=1)] = 1e4
+
+
+class TrainConfig(Section):
+    """The loop: how long, the loss, and what is saved and shown when."""
+
+    epochs: Count = 200
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    clip_grad_norm: Positive | None = 1.0
+    checkpoint_every: Count = 10
+    patience: Count | None = 50
+    log_every: Count = 20
+
+
+class Config(Section):
+    """One complete run."""
+
+    seed: int = Field(0, ge=0)
+    experiment: str = Field("se", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: Path = Path("outputs")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a JSON file and apply `section.key=value` overrides.
+
+    Args:
+        path: a JSON object with the groups of `Config`; missing keys keep their defaults.
+        overrides: each `section.key=value`; the value is JSON, or else taken as a string.
+
+    Raises:
+        InputError: the file is missing or malformed, a key is unknown or given twice, a value is out of range.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        tree = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return parse_config(tree, str(path), overrides)
+
+
+def parse_config(tree: Any, source: str, overrides: Iterable[str] = ()) -> Config:
+    """Validate a plain tree of dicts (as JSON gives it); `source` begins the message of an `InputError`."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: expected a JSON object of configuration groups, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        # Through JSON, so that strict types are JSON's types: a list is a tuple, an int is a float, "1" is neither.
+        return Config.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise InputError(f"{source}: {problems}") from None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"root": 1}} -> {"data.root": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" (did you mean X?)" for the closest known name, or the list of all when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise InputError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    *groups, key = path.strip().split(".")
+    if not equals or not key or not all(groups):
+        raise InputError(f"--set {override}: expected section.key=value, for example optimizer.lr=0.1")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--set {override}: {group} is not a group of keys")
+    try:
+        tree[key] = json.loads(text)
+    except json.JSONDecodeError:
+        tree[key] = text
+
+
+def _describe(problem: Any) -> str:
+    """One pydantic error as "data.batch_size: what is wrong (got ...)"."""
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section: Any = Config
+        for group in location[:-1]:
+            section = section.model_fields[group].annotation
+        return f"unknown key {path}: {nearest(location[-1], section.model_fields)}"
+    if problem["type"] == "value_error":
+        return f"{path}: {problem['ctx']['error']}"
+    return f"{path}: {problem['msg']}, got {problem['input']!r}"

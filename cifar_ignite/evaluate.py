@@ -1,0 +1,192 @@
+"""Checkpoint in, evaluation folder out: accuracy where labels exist, predictions to hand in, statistics."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from ignite.engine import Events
+from ignite.handlers import EpochOutputStore, ProgressBar
+from ignite.metrics import ConfusionMatrix
+from torch import Tensor, nn
+
+from cifar_ignite.checkpoints import RunRecord, create_unique_dir, load_checkpoint, newest
+from cifar_ignite.config import Config, InputError, parse_config
+from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
+from cifar_ignite.engines import create_evaluator, select_device
+from cifar_ignite.figures import draw_confusion_matrix
+from cifar_ignite.handlers import attach_metrics
+from cifar_ignite.loader import EvalLoader
+from cifar_ignite.models import create_model
+
+SAMPLES = 10
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    checkpoint: Path | None = None,
+    model_name: str | None = None,
+    test_file: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Predict the test set with a trained model.
+
+    Args:
+        checkpoint: any checkpoint of this project; None takes the newest best model.
+        model_name: experiment whose newest best model is taken; None takes that of any.
+        test_file: the competition's unlabelled pickle; None takes the test set of the checkpoint's data.
+        overrides: `section.key=value`, applied to the checkpoint's configuration.
+
+    Returns:
+        The evaluation folder.
+
+    Raises:
+        InputError: checkpoint or data are missing or do not fit; nothing was written.
+    """
+    output_dir = parse_config({}, "--set", overrides).output_dir
+    path = checkpoint or find_best_model(output_dir, model_name)
+    saved = load_checkpoint(path)
+    record: RunRecord = saved["record"]
+    config = parse_config(record.config, str(path), [*overrides, f"output_dir={output_dir}"])
+    device = select_device(config.device)
+    model = load_model(config, saved["model"], path).to(device=device, memory_format=torch.channels_last)
+    images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
+    logger.info(
+        "%s from %s, epoch %d, on %d images of %s",
+        config.model.name,
+        path,
+        record.epoch,
+        len(images.images),
+        test_file or config.data.source,
+    )
+    probabilities, metrics = run_evaluator(model, images, config, device)
+
+    val_acc = "none" if record.val_acc is None else f"{100 * record.val_acc:.2f}"
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        folder = create_unique_dir(output_dir / "evaluations", f"{config.experiment}_val_acc_{val_acc}_{stamp}")
+        write_predictions(images, probabilities, folder / "predictions.csv")
+        link_checkpoint(path, folder / "model.pth")
+        if "confusion" in metrics:
+            matrix = metrics["confusion"].numpy()
+            draw_confusion_matrix(matrix, list(images.class_names), folder / "confusion_matrix.png")
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write into {output_dir}: {error.strerror}") from None
+    log_samples(images, probabilities)
+    log_statistics(images, probabilities)
+    if "accuracy" in metrics:
+        logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
+    logger.info("evaluation  %s (%s)", folder, ", ".join(sorted(item.name for item in folder.iterdir())))
+    return folder
+
+
+def find_best_model(output_dir: Path, model_name: str | None) -> Path:
+    """The newest of the best models, of one experiment or of all."""
+    folder = output_dir / "best_models"
+    found = newest(folder.glob("*_best.pth"))
+    if model_name:
+        found = newest(
+            path for path in (folder / f"{model_name}_best.pth", folder / f"{model_name}_val_acc_none_best.pth") if path.exists()
+        )
+    if found is None:
+        known = ", ".join(sorted(path.name.removesuffix("_best.pth") for path in folder.glob("*_best.pth")))
+        wanted = f"of {model_name!r} " if model_name else ""
+        hint = f"there are {known}" if known else "train one first: make train MODEL=se"
+        raise InputError(f"{folder}: no best model {wanted}there; {hint}")
+    return found
+
+
+def load_model(config: Config, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    """Rebuild the network that the configuration names, with the weights of a checkpoint."""
+    model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(f"{path}: its weights are not those of a {config.model.name} as configured") from None
+    return model
+
+
+def run_evaluator(
+    model: nn.Module, images: Images, config: Config, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Predict all images.
+
+    Returns:
+        Probabilities, float (N, 10) on the CPU, and, where labels exist, "loss", "accuracy" and "confusion", counts
+        (10, 10) by true and predicted class.
+    """
+    evaluator = create_evaluator(model)
+    outputs = EpochOutputStore(output_transform=lambda output: output[0])
+    outputs.attach(evaluator, "logits")
+    ProgressBar(disable=None, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
+    labels = None
+    if images.labels is not None:
+        labels = images.labels.to(device)
+        attach_metrics(evaluator, F.cross_entropy, device)
+        ConfusionMatrix(NUM_CLASSES, device=device).attach(evaluator, "confusion")
+    mean, std = config.augment.mean, config.augment.std
+    loader = EvalLoader(images.images.to(device), labels, batch_size=config.data.batch_size, mean=mean, std=std)
+    state = evaluator.run(loader)
+    return torch.cat(state.logits).float().softmax(1).cpu(), state.metrics  # type: ignore[attr-defined]
+
+
+def write_predictions(images: Images, probabilities: Tensor, path: Path) -> None:
+    """predictions.csv: ID and Labels (the predicted class, 0 to 9), a row an image in the order of the test set."""
+    pd.DataFrame({"ID": images.ids, "Labels": probabilities.argmax(1).numpy()}).to_csv(path, index=False)
+
+
+def link_checkpoint(checkpoint: Path, link: Path) -> None:
+    """A relative link, so that `outputs` can be moved; a copy where the file system has no links."""
+    try:
+        link.symlink_to(os.path.relpath(checkpoint.resolve(), link.parent.resolve()))
+    except OSError:
+        shutil.copyfile(checkpoint, link)
+
+
+def log_samples(images: Images, probabilities: Tensor) -> None:
+    """The first few predictions with their confidence."""
+    confidence, predicted = probabilities[:SAMPLES].max(1)
+    table = pd.DataFrame(
+        {
+            "ID": images.ids[:SAMPLES],
+            "predicted": [images.class_names[label] for label in predicted],
+            "confidence": [f"{value:.1%}" for value in confidence.tolist()],
+        }
+    )
+    if images.labels is not None:
+        table["true"] = [images.class_names[label] for label in images.labels[:SAMPLES]]
+        table[""] = ["" if right else "wrong" for right in table["predicted"] == table["true"]]
+    logger.info("\nsample predictions\n%s\n", table.to_string(index=False))
+
+
+def log_statistics(images: Images, probabilities: Tensor) -> None:
+    """By class: how often it was predicted, how confidently, and, where labels exist, how many of it were found."""
+    confidence, predicted = probabilities.max(1)
+    table = pd.DataFrame({"predicted": predicted, "confidence": confidence})
+    statistics = table.groupby("predicted")["confidence"].agg(["size", "mean"]).reindex(range(NUM_CLASSES))
+    shown = pd.DataFrame(
+        {
+            "class": images.class_names,
+            "predicted": statistics["size"].fillna(0).astype(int),
+            "share": (statistics["size"].fillna(0) / len(table)).map("{:.1%}".format),
+            "mean confidence": statistics["mean"].map("{:.1%}".format),
+        }
+    )
+    if images.labels is not None:
+        right = pd.Series((predicted == images.labels).numpy()).groupby(images.labels.numpy()).mean()
+        shown["accuracy"] = right.reindex(range(NUM_CLASSES)).map("{:.1%}".format)
+    logger.info("by class\n%s\n", shown.to_string(index=False))
+    low, middle = confidence.min().item(), confidence.median().item()
+    logger.info(
+        "confidence: mean %.1f%%, median %.1f%%, lowest %.1f%%; %.1f%% of the images below 50%%",
+        100 * confidence.mean().item(),
+        100 * middle,
+        100 * low,
+        100 * (confidence < 0.5).float().mean().item(),
+    )
