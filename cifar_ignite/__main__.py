@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from cifar_ignite.config import InputError, load_config
 
@@ -39,8 +40,15 @@ def _fail(status: int, message: object) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong option is bad input like any other: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(2, f"{message} (see {self.prog} --help)"))
+
+
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cifar_ignite", description="Train CIFAR-10 ResNets on PyTorch-Ignite.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

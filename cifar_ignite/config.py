@@ -4,6 +4,7 @@ A run is one complete configuration. The groups mirror the modules that read the
 the group of the code that reads it, and a line in the README's table.
 """
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterable
@@ -201,14 +202,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *groups, key = path.strip().split(".")
     if not equals or not key or not all(groups):
         raise InputError(f"--set {override}: expected section.key=value, for example optimizer.lr=0.1")
+    section: Any = Config
     for group in groups:
         tree = tree.setdefault(group, {})
+        section = section and getattr(section.model_fields.get(group), "annotation", None)
         if not isinstance(tree, dict):
             raise InputError(f"--set {override}: {group} is not a group of keys")
-    try:
-        tree[key] = json.loads(text)
-    except json.JSONDecodeError:
-        tree[key] = text
+    tree[key] = text
+    # A folder named 2026 is still a name.
+    if getattr(getattr(section, "model_fields", {}).get(key), "annotation", None) not in (str, Path):
+        with contextlib.suppress(json.JSONDecodeError):
+            tree[key] = json.loads(text)
 
 
 def _describe(problem: Any) -> str:

@@ -1,0 +1,73 @@
+# Thin calls of `python -m cifar_ignite`; `make` alone prints this file's own help.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo train evaluate models test lint format
+
+# An activated conda or virtual environment that holds the package is used; otherwise .venv is built once.
+PYTHON ?= python3
+active := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+# -I: without it, a checkout in the current folder would pass for an installed package.
+holds_package := $(if $(active),$(shell '$(active)/bin/python' -I -c \
+	'import importlib.metadata as m; m.version("cifar-ignite")' 2>/dev/null && echo yes))
+ifeq ($(holds_package),yes)
+run := '$(active)/bin/python'
+environment :=
+else
+run := .venv/bin/python
+environment := .venv/.stamp
+endif
+
+# What a person typed, as one word of the shell, whatever is in it.
+quote = '$(subst ','\'',$(value $1))'
+set = $(if $(value $1),--set $2=$(call quote,$1))
+overrides = $(call set,DATA_DIR,data.root) $(call set,DATA,data.source) $(call set,OUTPUT_DIR,output_dir) \
+	$(foreach item,$(value SET),--set '$(subst ','\'',$(item))')
+# A recipe, and other data than CIFAR-10, are experiments of their own: se, se_fast, se_synthetic.
+model := $(or $(value MODEL),se)
+recipe := $(model)$(if $(value RECIPE),_$(value RECIPE))
+suffix := $(if $(filter-out cifar10,$(value DATA)),_$(value DATA))
+
+help: ## Print this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
+
+demo: $(environment) ## Set up, train and evaluate on the embedded data: no download, a few minutes
+	$(run) -m cifar_ignite train --config configs/demo.json $(call set,OUTPUT_DIR,output_dir)
+	$(run) -m cifar_ignite evaluate --model demo $(call set,OUTPUT_DIR,output_dir)
+
+train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH
+	$(run) -m cifar_ignite train --config 'configs/$(subst ','\'',$(recipe)).json' \
+		$(if $(suffix),--set experiment='$(subst ','\'',$(recipe)$(suffix))') \
+		$(call set,EPOCHS,train.epochs) $(call set,SEED,seed) $(overrides) $(if $(value RESUME),--resume $(call quote,RESUME))
+
+evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE=
+	$(run) -m cifar_ignite evaluate $(if $(value MODEL),--model '$(subst ','\'',$(recipe)$(suffix))') \
+		$(if $(value CHECKPOINT),--checkpoint $(call quote,CHECKPOINT)) \
+		$(if $(value TEST_FILE),--test-file $(call quote,TEST_FILE)) $(overrides)
+
+models: $(environment) ## List the models with their parameters and multiply-adds
+	@$(run) -m cifar_ignite models
+
+test: $(environment) ## Run the tests
+	$(run) -m pytest
+
+lint: $(environment) ## Check style and types (ruff, mypy)
+	$(run) -m ruff check .
+	$(run) -m ruff format --check .
+	$(run) -m mypy
+
+format: $(environment) ## Put the code into the project's style
+	$(run) -m ruff check --fix .
+	$(run) -m ruff format .
+
+install: $(environment) ## Build .venv (done by the other targets when needed): PYTHON= TORCH_INDEX=
+
+## Anywhere: DATA_DIR=folder of cifar-10-batches-py, DATA=synthetic, OUTPUT_DIR=, SET="optimizer.lr=0.1 train.epochs=5"
+
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "cifar_ignite needs Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(if $(value TORCH_INDEX),.venv/bin/python -m pip install --quiet --index-url $(call quote,TORCH_INDEX) torch torchvision)
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
