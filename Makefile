@@ -18,32 +18,29 @@ run := .venv/bin/python
 environment := .venv/.stamp
 endif
 
-# What a person typed, as one word of the shell, whatever is in it.
-quote = '$(subst ','\'',$(value $1))'
-set = $(if $(value $1),--set $2=$(call quote,$1))
-overrides = $(call set,DATA_DIR,data.root) $(call set,DATA,data.source) $(call set,OUTPUT_DIR,output_dir) \
-	$(foreach item,$(value SET),--set '$(subst ','\'',$(item))')
+# What a person typed, as one word of the shell, whatever is in it. The spaces before -- are part of the words.
+escape = $(subst ','\'',$1)
+option = $(if $(value $1), --$2 '$(call escape,$(value $1))')
+set = $(if $(value $1), --set $2='$(call escape,$(value $1))')
+overrides = $(call set,DATA_DIR,data.root)$(call set,DATA,data.source)$(call set,OUTPUT_DIR,output_dir)$\
+	$(foreach item,$(value SET), --set '$(call escape,$(item))')
 # A recipe, and other data than CIFAR-10, are experiments of their own: se, se_fast, se_synthetic.
-model := $(or $(value MODEL),se)
-recipe := $(model)$(if $(value RECIPE),_$(value RECIPE))
+recipe := $(or $(value MODEL),se)$(if $(value RECIPE),_$(value RECIPE))
 suffix := $(if $(filter-out cifar10,$(value DATA)),_$(value DATA))
+experiment := $(if $(suffix), --set experiment='$(call escape,$(recipe)$(suffix))')
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
 
 demo: $(environment) ## Set up, train and evaluate on the embedded data: no download, a few minutes
-	$(run) -m cifar_ignite train --config configs/demo.json $(call set,OUTPUT_DIR,output_dir)
-	$(run) -m cifar_ignite evaluate --model demo $(call set,OUTPUT_DIR,output_dir)
+	$(run) -m cifar_ignite train --config configs/demo.json$(call set,OUTPUT_DIR,output_dir)
+	$(run) -m cifar_ignite evaluate --model demo$(call set,OUTPUT_DIR,output_dir)
 
 train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH
-	$(run) -m cifar_ignite train --config 'configs/$(subst ','\'',$(recipe)).json' \
-		$(if $(suffix),--set experiment='$(subst ','\'',$(recipe)$(suffix))') \
-		$(call set,EPOCHS,train.epochs) $(call set,SEED,seed) $(overrides) $(if $(value RESUME),--resume $(call quote,RESUME))
+	$(run) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
 evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE=
-	$(run) -m cifar_ignite evaluate $(if $(value MODEL),--model '$(subst ','\'',$(recipe)$(suffix))') \
-		$(if $(value CHECKPOINT),--checkpoint $(call quote,CHECKPOINT)) \
-		$(if $(value TEST_FILE),--test-file $(call quote,TEST_FILE)) $(overrides)
+	$(run) -m cifar_ignite evaluate$(if $(value MODEL), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)$(call option,TEST_FILE,test-file)$(overrides)
 
 models: $(environment) ## List the models with their parameters and multiply-adds
 	@$(run) -m cifar_ignite models

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cifar_ignite.config import InputError, load_config
+from cifar_ignite.config import InputError, RunFailedError, load_config
 
 # torch takes seconds to import; `--help` and a wrong option should not wait for it, so commands import what they call.
 
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except InputError as error:
         return _fail(2, error)
+    except RunFailedError as error:
+        return _fail(1, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted; continue with RESUME=latest (--resume latest)")
     finally:
@@ -48,9 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="cifar_ignite", description="Train CIFAR-10 ResNets on PyTorch-Ignite.", allow_abbrev=False
-    )
+    parser = _Parser(prog="cifar_ignite", description="Train CIFAR-10 ResNets on PyTorch-Ignite.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train a model, or go on training it", allow_abbrev=False)
@@ -73,7 +73,9 @@ def create_parser() -> argparse.ArgumentParser:
     _add_overrides(command)
     command.set_defaults(command=_evaluate)
 
-    command = commands.add_parser("models", help="list the models with parameters and multiply-adds", allow_abbrev=False)
+    command = commands.add_parser(
+        "models", help="list the models with parameters and multiply-adds", allow_abbrev=False
+    )
     command.set_defaults(command=_models)
     return parser
 

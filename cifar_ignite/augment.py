@@ -34,10 +34,14 @@ def create_augment(config: AugmentConfig, num_classes: int) -> Augment:
         batch, height, device = len(images), images.shape[-1], images.device
         images = to_float(images)
         if config.crop_padding:
-            images = crop(images, random_offsets(batch, config.crop_padding, device), config.crop_padding, config.crop_mode)
+            images = crop(
+                images, random_offsets(batch, config.crop_padding, device), config.crop_padding, config.crop_mode
+            )
         images = flip(images, random_choice(batch, config.flip_p, device))
         if config.rotation_degrees or config.perspective_p:
-            matrices = rotation_matrices(random_uniform(batch, -config.rotation_degrees, config.rotation_degrees, device))
+            matrices = rotation_matrices(
+                random_uniform(batch, -config.rotation_degrees, config.rotation_degrees, device)
+            )
             corners = random_corners(batch, config.perspective_p, config.perspective_distortion, height, device)
             # The perspective is seen last, so going from the output back to the input it comes first.
             images = warp(images, matrices @ perspective_matrices(corners, height))
@@ -45,7 +49,8 @@ def create_augment(config: AugmentConfig, num_classes: int) -> Augment:
         images = normalize(images, config.mean, config.std)
         if config.erasing_p:
             images = erase(
-                images, random_boxes(batch, config.erasing_p, config.erasing_scale, config.erasing_ratio, height, device)
+                images,
+                random_boxes(batch, config.erasing_p, config.erasing_scale, config.erasing_ratio, height, device),
             )
         if config.cutout_size:
             images = erase(images, random_squares(batch, config.cutout_size, height, device))
@@ -162,9 +167,7 @@ def perspective_matrices(corners: Tensor, size: int) -> Tensor:
     quadrilateral_to_square = torch.stack(
         [torch.linalg.cross(second, third), torch.linalg.cross(third, first), torch.linalg.cross(first, second)], dim=-2
     )
-    square_to_image = torch.tensor(
-        [[edge, 0.0, -middle], [0.0, edge, -middle], [0.0, 0.0, 1.0]], device=corners.device
-    )
+    square_to_image = torch.tensor([[edge, 0.0, -middle], [0.0, edge, -middle], [0.0, 0.0, 1.0]], device=corners.device)
     return square_to_image @ quadrilateral_to_square
 
 
@@ -173,7 +176,9 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device) - (height - 1) / 2
-    places = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x).expand(height, -1)], -1)
+    places = torch.stack(
+        [x.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x).expand(height, -1)], -1
+    )
     seen = places.view(-1, 3) @ matrices.transpose(1, 2)
     half = torch.tensor([width / 2, height / 2], device=images.device)
     grid = seen[..., :2] / seen[..., 2:] / half
@@ -295,7 +300,7 @@ def erase(images: Tensor, boxes: Tensor) -> Tensor:
 
 
 def random_mix(images: Tensor, labels: Tensor, config: AugmentConfig, num_classes: int) -> tuple[Tensor, Tensor]:
-    """CutMix (arXiv:1905.04899) with probability `cutmix_p`, else mixup (arXiv:1710.09412) with `mixup_p`, else neither.
+    """CutMix (arXiv:1905.04899) with probability `cutmix_p`, mixup (arXiv:1710.09412) with `mixup_p`, or neither.
 
     One draw for a batch, as in both papers. torchvision pairs each image with the one before it, which is random since
     the batch is, and draws on the CPU, so nothing waits for the device.

@@ -1,7 +1,7 @@
 """What a run leaves on disk for later: whole training states and models, written durably, read with suspicion.
 
-A checkpoint is a zip of plain state dicts, the configuration and a few numbers. It loads with `weights_only=True` on any
-machine, and alone it rebuilds the model.
+A checkpoint is a zip of plain state dicts, the configuration and a few numbers. It loads with `weights_only=True` on
+any machine, and alone it rebuilds the model.
 """
 
 import contextlib
@@ -57,7 +57,8 @@ class RunRecord:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        """Take over the past; the configuration stays that of the present."""
+        self.history = list(state["history"])
 
 
 class DurableSaver(BaseSaveHandler):
@@ -82,7 +83,7 @@ class DurableSaver(BaseSaveHandler):
 
 
 def write_checkpoint(path: Path, checkpoint: Mapping) -> None:
-    """Write to a temporary file, flush it to the disk, rename it; `path` holds the old or the new whole, never a part."""
+    """Write a temporary file, flush it to the disk, rename it: `path` holds the old or the new whole, never a part."""
     with _replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(dict(checkpoint), file)
         file.flush()
@@ -176,7 +177,9 @@ def create_unique_dir(parent: Path, name: str) -> Path:
 
 def best_model_path(output_dir: Path, experiment: str, *, selected: bool) -> Path:
     """Where an experiment's best model lies; `selected` is false for runs without validation, which select nothing."""
-    return output_dir / "best_models" / (f"{experiment}_best.pth" if selected else f"{experiment}_val_acc_none_best.pth")
+    return (
+        output_dir / "best_models" / (f"{experiment}_best.pth" if selected else f"{experiment}_val_acc_none_best.pth")
+    )
 
 
 def publish_best(source: Path, record: RunRecord, target: Path) -> str:
@@ -189,7 +192,9 @@ def publish_best(source: Path, record: RunRecord, target: Path) -> str:
     """
     if record.val_acc is not None and target.exists() and (other := _readable_record(target)):
         if not _same_validation(record, other):
-            return f"{target} stays: other validation images judged it (--set experiment=NAME publishes under a new name)"
+            return (
+                f"{target} stays: other validation images judged it (--set experiment=NAME publishes under a new name)"
+            )
         if other.val_acc is not None and other.val_acc >= record.val_acc:
             return f"{target} stays: an earlier run reached {other.val_acc:.2%}"
     copy_checkpoint(source, target)

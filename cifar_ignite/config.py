@@ -24,6 +24,10 @@ class InputError(Exception):
     """Something the user gave is wrong; the message is one line that says what, and what to do. Exit status 2."""
 
 
+class RunFailedError(Exception):
+    """The run cannot go on though the input was right (it diverged, say); one line. Exit status 1."""
+
+
 class Section(BaseModel):
     """A group of keys: immutable, unknown keys refused, no NaN or infinity."""
 
@@ -80,7 +84,9 @@ class AugmentConfig(Section):
             if low > high:
                 raise ValueError(f"{name}: the lower bound {low} is above the upper bound {high}")
         if self.cutmix_p + self.mixup_p > 1:
-            raise ValueError(f"cutmix_p + mixup_p = {self.cutmix_p + self.mixup_p:g} is above 1: a batch gets one of them")
+            raise ValueError(
+                f"cutmix_p + mixup_p = {self.cutmix_p + self.mixup_p:g} is above 1: a batch gets one of them"
+            )
         return self
 
 
@@ -150,7 +156,9 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}"
+        ) from None
     try:
         tree = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
@@ -183,7 +191,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" (did you mean X?)" for the closest known name, or the list of all when none is close."""
+    """ " (did you mean X?)" for the closest known name, or the list of all when none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
@@ -205,14 +213,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section: Any = Config
     for group in groups:
         tree = tree.setdefault(group, {})
-        section = section and getattr(section.model_fields.get(group), "annotation", None)
         if not isinstance(tree, dict):
             raise InputError(f"--set {override}: {group} is not a group of keys")
+        section = _type_of(section, group)
     tree[key] = text
-    # A folder named 2026 is still a name.
-    if getattr(getattr(section, "model_fields", {}).get(key), "annotation", None) not in (str, Path):
+    # A folder named 2026 is still a name; everything else is JSON.
+    if _type_of(section, key) not in (str, Path):
         with contextlib.suppress(json.JSONDecodeError):
             tree[key] = json.loads(text)
+
+
+def _type_of(section: Any, key: str) -> Any:
+    """The type of a field; None for what is no field (which validation reports)."""
+    field = getattr(section, "model_fields", {}).get(key)
+    return field and field.annotation
 
 
 def _describe(problem: Any) -> str:

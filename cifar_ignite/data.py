@@ -86,12 +86,15 @@ def download_cifar10(root: Path) -> None:
         f"put the official files into {root / CIFAR10.base_folder} (from {CIFAR10.url}), "
         "or train on the embedded dataset with DATA=synthetic (--set data.source=synthetic)"
     )
+    created = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as staging:
             download_and_extract_archive(CIFAR10.url, staging, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
             os.replace(Path(staging) / CIFAR10.base_folder, root / CIFAR10.base_folder)
     except (URLError, OSError, RuntimeError) as error:
+        if created:
+            root.rmdir()
         raise InputError(f"{root}: no CIFAR-10 there, and it cannot be downloaded ({error}): {advice}") from None
 
 
@@ -163,9 +166,9 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode_latin1,
 }
 for _module in ("numpy.core", "numpy._core"):
-    _multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    _ADMITTED[f"{_module}.multiarray", "_reconstruct"] = _multiarray._reconstruct
-    _ADMITTED[f"{_module}.multiarray", "scalar"] = _multiarray.scalar
+    _ADMITTED[f"{_module}.multiarray", "_reconstruct"] = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    _ADMITTED[f"{_module}.multiarray", "scalar"] = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    _ADMITTED[f"{_module}.numeric", "_frombuffer"] = np._core.numeric._frombuffer  # type: ignore[attr-defined]
 
 
 class _ArrayUnpickler(pickle.Unpickler):

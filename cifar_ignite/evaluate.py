@@ -55,7 +55,7 @@ def evaluate(
     record: RunRecord = saved["record"]
     config = parse_config(record.config, str(path), [*overrides, f"output_dir={output_dir}"])
     device = select_device(config.device)
-    model = load_model(config, saved["model"], path).to(device=device, memory_format=torch.channels_last)
+    model = load_model(config, saved["model"], path).to(device).to(memory_format=torch.channels_last)
     images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
     logger.info(
         "%s from %s, epoch %d, on %d images of %s",
@@ -92,7 +92,9 @@ def find_best_model(output_dir: Path, model_name: str | None) -> Path:
     found = newest(folder.glob("*_best.pth"))
     if model_name:
         found = newest(
-            path for path in (folder / f"{model_name}_best.pth", folder / f"{model_name}_val_acc_none_best.pth") if path.exists()
+            path
+            for path in (folder / f"{model_name}_best.pth", folder / f"{model_name}_val_acc_none_best.pth")
+            if path.exists()
         )
     if found is None:
         known = ", ".join(sorted(path.name.removesuffix("_best.pth") for path in folder.glob("*_best.pth")))

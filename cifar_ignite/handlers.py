@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from cifar_ignite.checkpoints import DurableSaver, RunRecord
-from cifar_ignite.config import InputError, ScheduleConfig
+from cifar_ignite.config import InputError, RunFailedError, ScheduleConfig
 from cifar_ignite.engines import LossFn, TrainingEvents
 from cifar_ignite.figures import draw_history
 from cifar_ignite.loader import EvalLoader
@@ -28,7 +28,7 @@ from cifar_ignite.loader import EvalLoader
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(RunFailedError):
     """The gradient became infinite or NaN; the weights are those before it."""
 
 
@@ -188,7 +188,7 @@ def attach_history(
 
     def append(engine: Engine) -> None:
         val = evaluator.state.metrics if evaluator else {"loss": None, "accuracy": None}
-        seconds = engine.state.times[Events.EPOCH_COMPLETED.name]
+        seconds = engine.state.times[Events.EPOCH_COMPLETED.name] or math.nan
         row = {
             "epoch": engine.state.epoch,
             "train_loss": engine.state.metrics["loss"],
@@ -213,24 +213,16 @@ def attach_epoch_line(trainer: Engine, record: RunRecord) -> None:
         started.update(time=time.monotonic(), epoch=engine.state.epoch)
 
     def line(engine: Engine) -> None:
-        row, state = record.history[-1], engine.state
-        a_epoch = (time.monotonic() - started["time"]) / (state.epoch - started["epoch"])
+        row, epoch, epochs = record.history[-1], engine.state.epoch, engine.state.max_epochs or 0
         val = ""
         if row["val_acc"] is not None:
-            best = row is max(record.history, key=lambda row: row["val_acc"])
-            val = f"  val loss {row['val_loss']:.3f} acc {row['val_acc']:.2%}{' (best)' if best else ''}"
+            best = " (best)" if row is max(record.history, key=lambda row: row["val_acc"]) else ""
+            val = f"  val loss {row['val_loss']:.3f} acc {row['val_acc']:.2%}{best}"
+        left = (time.monotonic() - started["time"]) / (epoch - started["epoch"]) * (epochs - epoch)
         logger.info(
-            "epoch %*d/%d  train loss %.3f acc %.2f%%%s  lr %.2e  %.1f s  %.0f images/s  %s left",
-            len(str(state.max_epochs)),
-            state.epoch,
-            state.max_epochs,
-            row["train_loss"],
-            100 * row["train_acc"],
-            val,
-            row["lr"],
-            row["seconds"],
-            row["images_per_second"],
-            format_seconds((state.max_epochs - state.epoch) * a_epoch),
+            f"epoch {epoch:{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.3f} acc {row['train_acc']:.2%}"
+            f"{val}  lr {row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+            f"  {format_seconds(left)} left"
         )
 
     trainer.add_event_handler(Events.STARTED, start)
@@ -281,7 +273,7 @@ def attach_best_model(
         {"model": model, "record": record},
         DurableSaver(folder),
         filename_pattern="best_epoch_{global_step:04d}.pth",
-        score_function=lambda _: record.val_acc,
+        score_function=lambda _: record.val_acc or 0.0,
         global_step_transform=lambda engine, _: engine.state.epoch,
     )
 
@@ -317,7 +309,13 @@ def attach_checkpoints(trainer: Engine, state: dict[str, Any], folder: Path, eve
         global_step_transform=lambda engine, _: engine.state.epoch,
         n_saved=None,
     )
-    latest = Checkpoint(state, DurableSaver(folder), filename_pattern="latest_{global_step:09d}.pt", global_step_transform=lambda engine, _: engine.state.iteration, n_saved=2)
+    latest = Checkpoint(
+        state,
+        DurableSaver(folder),
+        filename_pattern="latest_{global_step:09d}.pt",
+        global_step_transform=lambda engine, _: engine.state.iteration,
+        n_saved=2,
+    )
     # What an interrupted run left counts among the newest two.
     before = [(int(path.stem.split("_")[1]), path.name) for path in folder.glob("latest_*.pt")]
     latest.load_state_dict({"_saved": sorted(item for item in before if item[0] <= trainer.state.iteration)})

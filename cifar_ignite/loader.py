@@ -1,8 +1,8 @@
 """Batches cut from images that stay on the device as uint8: no workers, no copies, no per-image Python.
 
 All randomness of an iteration is a function of (seed, iteration) and never of history: `TrainLoader` re-seeds torch's
-global generators before each batch, so augmentation, CutMix, dropout and stochastic depth, and whatever a user adds with
-plain torch calls, repeat bit for bit from any iteration on, with no random state to save.
+global generators before each batch, so augmentation, CutMix, dropout and stochastic depth, and whatever a user adds
+with plain torch calls, repeat bit for bit from any iteration on, with no random state to save.
 """
 
 import math

@@ -125,13 +125,15 @@ def fit(
     handlers.attach_tensorboard(trainer, evaluator, optimizer, logs / "tensorboard")
     handlers.attach_figures(trainer, record, logs / "figures", config.train.checkpoint_every)
     if saved:
-        Checkpoint.load_objects(state, saved)
+        Checkpoint.load_objects(state, saved | {"record": saved["record"].state_dict()})
         train_loader.iteration = trainer.state.iteration
     handlers.attach_checkpoints(trainer, state, checkpoints, config.train.checkpoint_every)
 
     started = time.monotonic()
     trainer.run(train_loader, max_epochs=config.train.epochs)
-    best_path = checkpoints / str(state["best"].last_checkpoint) if val_loader else checkpoints / "last_val_acc_none.pth"
+    best_path = (
+        checkpoints / str(state["best"].last_checkpoint) if val_loader else checkpoints / "last_val_acc_none.pth"
+    )
     if not val_loader:
         write_checkpoint(best_path, {"model": model.state_dict(), "record": record.state_dict()})
         publish(best_path)
@@ -145,16 +147,17 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     """The configured model with initial weights drawn from the seed, in channels_last on the device."""
     torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
     model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
-    return model.to(device=device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def create_loaders(config: Config, images: Images, device: torch.device) -> tuple[TrainLoader, EvalLoader | None]:
     """Split the training images and put them on the device; no validation loader if nothing is held out."""
-    assert images.labels is not None
-    train_rows, val_rows = split_validation(images.labels, config.data.validation, config.data.split_seed)
+    labels = images.labels
+    assert labels is not None, "training images have labels"
+    train_rows, val_rows = split_validation(labels, config.data.validation, config.data.split_seed)
 
     def on_device(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return images.images[rows].to(device), images.labels[rows].to(device)
+        return images.images[rows].to(device), labels[rows].to(device)
 
     train_loader = TrainLoader(
         *on_device(train_rows),
@@ -262,7 +265,9 @@ def log_start(
     tree = config.model_dump(mode="json")
     top = {key: tree.pop(key) for key in list(tree) if not isinstance(tree[key], dict)}
     for group, values in {"run": top, **tree}.items():
-        logger.info("%-9s  %s", group, "  ".join(f"{key}={json.dumps(value)}" for key, value in flatten(values).items()))
+        logger.info(
+            "%-9s  %s", group, "  ".join(f"{key}={json.dumps(value)}" for key, value in flatten(values).items())
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%s with %s parameters on %s", config.model.name, f"{parameters:,}", device)
     held_out = config.data.validation

@@ -226,7 +226,9 @@ def test_everything_off_is_the_normalised_image():
 def test_images_of_one_batch_get_parameters_of_their_own(on):
     """The same image 64 times comes out in more than one way."""
     images, labels = batch(1)
-    augmented, _ = augment.create_augment(AugmentConfig(**(OFF | on)), 10)(images.repeat(64, 1, 1, 1), labels.repeat(64))
+    augmented, _ = augment.create_augment(AugmentConfig(**(OFF | on)), 10)(
+        images.repeat(64, 1, 1, 1), labels.repeat(64)
+    )
     assert len(augmented.flatten(1).unique(dim=0)) > 1
 
 

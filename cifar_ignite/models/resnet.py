@@ -16,7 +16,9 @@ BLOCKS = (2, 2, 2, 2)
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut: (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, se_reduction: int | None, drop_prob: float) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, se_reduction: int | None, drop_prob: float
+    ) -> None:
         """
         Args:
             in_channels: of the input.
@@ -47,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, four stages of two blocks, global average pool, dropout, linear head: (B, 3, 32, 32) to (B, num_classes)."""
+    """Stem, four stages of two blocks, global average pool, dropout, head: (B, 3, 32, 32) to (B, num_classes)."""
 
     def __init__(
         self, *, num_classes: int, width: int, dropout: float, se_reduction: int | None, drop_path_rate: float
@@ -61,7 +63,9 @@ class ResNet(nn.Module):
             drop_path_rate: drop probability of the last block; it rises linearly with depth, from rate / blocks.
         """
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         drop_probs = iter(drop_path_rate * (depth + 1) / sum(BLOCKS) for depth in range(sum(BLOCKS)))
         self.stages = nn.Sequential()
         in_channels = width
@@ -85,9 +89,7 @@ class ResNet(nn.Module):
 @register_model
 def se_resnet(*, num_classes: int, width: int = 32, dropout: float = 0.3, se_reduction: int = 16) -> ResNet:
     """ResNet with Squeeze-and-Excitation in each block."""
-    return ResNet(
-        num_classes=num_classes, width=width, dropout=dropout, se_reduction=se_reduction, drop_path_rate=0.0
-    )
+    return ResNet(num_classes=num_classes, width=width, dropout=dropout, se_reduction=se_reduction, drop_path_rate=0.0)
 
 
 @register_model

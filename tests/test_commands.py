@@ -1,0 +1,271 @@
+"""The whole path as a person types it, on tiny data in the real file format."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, snapshot
+from ignite.engine import Events
+from PIL import Image
+from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401  (the package that writes the events is there)
+
+from cifar_ignite import handlers
+from cifar_ignite.checkpoints import load_checkpoint
+from cifar_ignite.config import load_config
+
+
+def the_run(tmp_path: Path) -> Path:
+    (run_dir,) = (tmp_path / "outputs" / "training_runs").iterdir()
+    return run_dir
+
+
+def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_path, cifar_root):
+    status, out, err = command("train", "--config", tiny_file, "--set", "train.epochs=5")
+    assert (status, err) == (0, "")
+    run_dir = the_run(tmp_path)
+    for expected in ('experiment="tiny"', "parameters on cpu", "epoch 5/5", "best validation accuracy", str(run_dir)):
+        assert expected in out
+
+    assert load_config(run_dir / "config.json").experiment == "tiny"
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    # 100 training images in batches of 32: 4 iterations an epoch.
+    assert [name for name in names if not name.startswith("best")] == [
+        "epoch_0002.pt", "epoch_0004.pt", "latest_000000016.pt", "latest_000000020.pt",
+    ]  # fmt: skip
+    for name in names:
+        assert load_checkpoint(run_dir / "checkpoints" / name)["record"].config["experiment"] == "tiny"
+
+    table = pd.read_csv(run_dir / "logs" / "metrics.csv")
+    assert table["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert table.notna().all().all()
+    assert table[["train_acc", "val_acc"]].stack().between(0, 1).all()
+    assert (table["images_per_second"] * table["seconds"]).tolist() == pytest.approx([100] * 5)
+    assert "epoch 5/5" in (run_dir / "logs" / "training.log").read_text()
+    for name in ("loss", "accuracy", "learning_rate"):
+        assert Image.open(run_dir / "logs" / "figures" / f"{name}.png").size[0] > 300
+    events = b"".join(path.read_bytes() for path in (run_dir / "logs" / "tensorboard").iterdir())
+    for tag in (b"train/loss", b"train/accuracy", b"val/loss", b"val/accuracy", b"lr"):
+        assert tag in events
+
+    best = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")
+    assert best["record"].val_acc == table["val_acc"].max()
+    assert best["record"].epoch == table["val_acc"].idxmax() + 1
+
+    status, out, err = command("evaluate")
+    assert (status, err) == (0, "")
+    (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
+    assert folder.name.startswith(f"tiny_val_acc_{100 * best['record'].val_acc:.2f}_")
+    assert sorted(path.name for path in folder.iterdir()) == ["confusion_matrix.png", "model.pth", "predictions.csv"]
+    assert not os.path.isabs(os.readlink(folder / "model.pth"))
+    assert (folder / "model.pth").resolve() == (tmp_path / "outputs" / "best_models" / "tiny_best.pth").resolve()
+    assert (folder / "predictions.csv").read_text().startswith("ID,Labels\n0,")
+
+    predictions = pd.read_csv(folder / "predictions.csv")
+    assert predictions["ID"].tolist() == list(range(30))
+    with (cifar_root / "cifar-10-batches-py" / "test_batch").open("rb") as file:
+        labels = pickle.load(file, encoding="bytes")[b"labels"]
+    assert f"test accuracy {100 * (predictions['Labels'] == labels).mean():.2f}%" in out
+    for expected in ("sample predictions", "by class", "confidence: mean", folder.name):
+        assert expected in out
+
+
+def unlabelled(path: Path) -> Path:
+    rows = np.random.default_rng(0).integers(0, 256, (12, 3072), dtype=np.uint8)
+    path.write_bytes(pickle.dumps({b"data": rows, b"ids": np.arange(12)[::-1].copy()}))
+    return path
+
+
+def test_evaluate_takes_a_checkpoint_a_model_and_an_unlabelled_file(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file)
+    test_file = unlabelled(tmp_path / "test file.pkl")
+    status, out, _ = command("evaluate", "--model", "tiny", "--test-file", test_file)
+    assert status == 0
+    assert "test accuracy" not in out
+    (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
+    assert pd.read_csv(folder / "predictions.csv")["ID"].tolist() == list(range(11, -1, -1))
+    assert sorted(path.name for path in folder.iterdir()) == ["model.pth", "predictions.csv"]
+    state = next((the_run(tmp_path) / "checkpoints").glob("latest_*.pt"))
+    assert command("evaluate", "--checkpoint", state)[0] == 0
+
+
+def test_outputs_can_be_moved(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file)
+    command("evaluate")
+    shutil.move(tmp_path / "outputs", tmp_path / "elsewhere")
+    (folder,) = (tmp_path / "elsewhere" / "evaluations").iterdir()
+    assert load_checkpoint(folder / "model.pth")["record"].config["experiment"] == "tiny"
+    assert command("evaluate", "--set", f"output_dir={tmp_path / 'elsewhere'}")[0] == 0
+
+
+def test_running_the_saved_configuration_reproduces_the_run(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file, "--set", "seed=5")
+    first = the_run(tmp_path)
+    command("train", "--config", first / "config.json", "--set", f"output_dir={tmp_path / 'again'}")
+    (second,) = (tmp_path / "again" / "training_runs").iterdir()
+    assert_same_training(first, second)
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Bit-identical weights, optimizer, counters and metrics; only times differ."""
+    states = [load_checkpoint(max((run / "checkpoints").glob("latest_*.pt"))) for run in (one, other)]
+    bests = [load_checkpoint(next((run / "checkpoints").glob("best_*.pth"))) for run in (one, other)]
+    for first, second in (states, bests):
+        assert first["model"].keys() == second["model"].keys()
+        assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["model"])
+    momenta = [[s["momentum_buffer"] for s in state["optimizer"]["state"].values()] for state in states]
+    assert all(torch.equal(first, second) for first, second in zip(*momenta, strict=True))
+    assert states[0]["trainer"] == states[1]["trainer"]
+    assert states[0]["schedule"] == states[1]["schedule"]
+    tables = [
+        pd.read_csv(run / "logs" / "metrics.csv").drop(columns=["seconds", "images_per_second"]) for run in (one, other)
+    ]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def interrupt_at(monkeypatch, iteration):
+    """Ctrl-C at the start of an iteration."""
+    original = handlers.attach_epoch_line
+
+    def attach(trainer, record):
+        def interrupt(engine):
+            raise KeyboardInterrupt
+
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=iteration), interrupt)
+        original(trainer, record)
+
+    monkeypatch.setattr(handlers, "attach_epoch_line", attach)
+
+
+@pytest.mark.parametrize("how", ["latest", "folder", "file"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(command, tiny_file, tmp_path, monkeypatch, how):
+    more = ["--set", "train.epochs=5", "--set", "train.patience=5"]
+    straight = [*more, "--set", f"output_dir={tmp_path / 'straight'}"]
+    assert command("train", "--config", tiny_file, *straight)[0] == 0
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 11)  # in the third epoch
+        status, _, err = command("train", "--config", tiny_file, *more)
+    assert status == 130
+    assert err == "cifar_ignite: interrupted; continue with RESUME=latest (--resume latest)\n"
+    run_dir = the_run(tmp_path)
+    target = {
+        "latest": "latest",
+        "folder": run_dir,
+        "file": run_dir / "checkpoints" / "latest_000000008.pt",
+    }[how]
+    status, out, _ = command("train", "--config", tiny_file, *more, "--resume", target)
+    assert status == 0
+    assert "resuming" in out
+    (uninterrupted,) = (tmp_path / "straight" / "training_runs").iterdir()
+    assert_same_training(uninterrupted, the_run(tmp_path))
+    assert len(list((run_dir / "checkpoints").glob("latest_*.pt"))) == 2
+
+    before = snapshot(tmp_path)
+    status, out, _ = command("train", "--config", tiny_file, *more, "--resume", "latest")
+    assert status == 0
+    assert "already complete" in out
+    assert snapshot(tmp_path) == before
+
+
+def test_without_validation_the_last_model_is_kept_and_named_so(command, tiny_file, tmp_path):
+    status, out, _ = command("train", "--config", tiny_file, "--set", "data.validation=0", "--set", "train.patience=1")
+    assert status == 0
+    assert "epoch 2/2" in out
+    table = pd.read_csv(the_run(tmp_path) / "logs" / "metrics.csv")
+    assert table["val_acc"].isna().all()
+    command("evaluate", "--model", "tiny")
+    (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
+    assert folder.name.startswith("tiny_val_acc_none_")
+    model = load_checkpoint(folder / "model.pth")
+    last = load_checkpoint(max((the_run(tmp_path) / "checkpoints").glob("latest_*.pt")))
+    assert all(torch.equal(model["model"][key], last["model"][key]) for key in last["model"])
+
+
+def test_a_diverging_run_stops_with_status_1_and_keeps_what_was_good(command, tiny_file, tmp_path):
+    """A learning rate that overflows: the message names the iteration, and what was saved before loads."""
+    status, _, err = command("train", "--config", tiny_file, "--set", "optimizer.lr=1e30", "--set", "train.epochs=30")
+    assert status == 1
+    assert err.startswith("cifar_ignite: the gradient is not finite at iteration ")
+    assert err.count("\n") == 1
+    for path in (the_run(tmp_path) / "checkpoints").iterdir():
+        weights = load_checkpoint(path)["model"]
+        assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_models_and_help(command):
+    assert "2,820,390" in command("models")[1]
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"]):
+        status, out, err = command(*arguments)
+        assert (status, err) == (0, "")
+        assert "usage: cifar_ignite" in out
+
+
+def test_it_runs_as_a_module_without_make(tmp_path, tiny_file):
+    """A real process: embedded data, a folder with a space and an umlaut in its name."""
+    outputs = tmp_path / "Ausgänge 1"
+    arguments = ["--config", tiny_file, "--set", "data.source=synthetic", "--set", "data.synthetic.train_size=120"]
+    arguments += ["--set", f"output_dir={outputs}", "--set", "train.epochs=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar_ignite", "train", *map(str, arguments)],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (outputs / "best_models" / "tiny_best.pth").exists()
+
+
+# --- make ---------------------------------------------------------------------------------------------------------
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_make_alone_explains_itself():
+    out = make().stdout
+    for target in ("demo", "test", "train", "evaluate", "lint"):
+        assert f"make {target}" in out
+
+
+def test_make_passes_what_was_typed_safely(tmp_path):
+    """Paths with spaces and quotes arrive as one argument: the run that make starts writes there."""
+    outputs = tmp_path / "it's here"
+    done = make(
+        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={outputs}", "VIRTUAL_ENV=" + sys.prefix,
+        "SET=data.synthetic.train_size=80 data.validation=20 model.width=2 train.log_every=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (outputs / "training_runs").iterdir()
+    config = load_config(run_dir / "config.json")
+    assert (config.train.epochs, config.seed, config.model.width) == (1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (["train", "MODEL=stochastic"], "--config 'configs/stochastic.json'"),
+        (["train", "MODEL=se", "RECIPE=fast"], "--config 'configs/se_fast.json'"),
+        (["train", "DATA=synthetic"], "--set experiment='se_synthetic'"),
+        (["train", "DATA=cifar10"], "--set data.source='cifar10'"),
+        (["train", "RESUME=latest"], "--resume 'latest'"),
+        (["train", "DATA_DIR=/a b/it's"], r"--set data.root='/a b/it'\''s'"),
+        (["train", "SET=optimizer.lr=0.1 augment.cutmix_p=0"], "--set 'optimizer.lr=0.1' --set 'augment.cutmix_p=0'"),
+        (["evaluate", "MODEL=se", "DATA=synthetic"], "--model 'se_synthetic'"),
+        (["evaluate", "CHECKPOINT=$(HOME)", "TEST_FILE=b c"], "--checkpoint '$(HOME)' --test-file 'b c'"),
+    ],
+)
+def test_make_variables(variables, expected):
+    out = make("-n", *variables).stdout
+    assert expected in " ".join(out.replace("\\\n", " ").split())
+
+
+def test_configurations_are_valid_json_that_people_can_read():
+    for path in (REPOSITORY / "configs").glob("*.json"):
+        assert json.loads(path.read_text())
+        assert max(len(line) for line in path.read_text().splitlines()) < 120
