@@ -1,0 +1,23 @@
+"""What the README says is true."""
+
+import json
+import re
+
+from conftest import REPOSITORY
+
+from cifar_ignite.config import Config, flatten
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_the_configuration_table_has_every_key_with_its_default():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| `(.+?)` \|$", README, re.MULTILINE)
+    assert {key: json.loads(default) for key, _, default in rows} == flatten(Config().model_dump(mode="json"))
+
+
+def test_every_target_and_file_it_names_exists():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (REPOSITORY / path).exists(), path
