@@ -1,10 +1,11 @@
 """The command line: parse, call, turn errors into one clear line.
 
-Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted (SIGINT), 143 terminated (SIGTERM).
 """
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = create_parser().parse_args(arguments)
     console = logging.StreamHandler(sys.stdout)
+    console.handleError = lambda record: None  # type: ignore[method-assign]  # a closed stdout ends no run
     package = logging.getLogger("cifar_ignite")
     package.setLevel(logging.INFO)
     package.addHandler(console)
@@ -29,12 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(2, error)
     except RunFailedError as error:
-        return _fail(1, error)
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted; continue with RESUME=latest (--resume latest)")
+        return _fail(error.status, error)
+    except KeyboardInterrupt:  # outside of training, which has its own way to stop
+        return _fail(130, "interrupted")
     finally:
         package.removeHandler(console)
+        _flush_stdout()
     return 0
+
+
+def _flush_stdout() -> None:
+    """Nobody may be reading any more (`| head`); without this, Python complains of it while it exits."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _fail(status: int, message: object) -> int:
@@ -59,6 +70,9 @@ def create_parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="latest|PATH",
         help="continue the newest run of the experiment, a run folder, or a training state (checkpoints/*.pt)",
+    )
+    command.add_argument(
+        "--allow-changes", action="store_true", help="resume also under a configuration that changes what is trained"
     )
     _add_overrides(command)
     command.set_defaults(command=_train)
@@ -95,7 +109,7 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from cifar_ignite.train import train
 
-    train(config, options.resume)
+    train(config, options.resume, options.allow_changes)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

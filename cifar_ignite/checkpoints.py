@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import shutil
-import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +23,7 @@ from ignite.handlers.checkpoint import BaseSaveHandler
 from cifar_ignite.config import InputError
 
 FORMAT = 1
+TEMPORARY = ".tmp"
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ class RunRecord:
     """What a checkpoint tells about its run, besides weights.
 
     Attributes:
+        run: name of the run folder.
         config: the resolved configuration as JSON has it.
         class_names: in label order.
         history: one row an epoch, the columns of metrics.csv.
         format: version of the layout of the checkpoint.
     """
 
+    run: str
     config: dict[str, Any]
     class_names: list[str]
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -84,32 +87,40 @@ class DurableSaver(BaseSaveHandler):
 
 def write_checkpoint(path: Path, checkpoint: Mapping) -> None:
     """Write a temporary file, flush it to the disk, rename it: `path` holds the old or the new whole, never a part."""
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(dict(checkpoint), file)
         file.flush()
         os.fsync(file.fileno())
+    _sync_folder(path.parent)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy durably: `target` holds the old or the new whole, never a part."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+    _sync_folder(target.parent)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place at the end, or goes if there was an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+
+
+def sweep_temporaries(folder: Path, older_than: float = 0) -> None:
+    """Remove what a killed process left half-written, if it is older than so many seconds."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -121,8 +132,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project onto the CPU, running no code from it.
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of this project onto a device, running no code from it.
 
     Returns:
         The state dicts by name ("model", and for a training state also "optimizer" and more), and "record".
@@ -136,7 +147,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged:
             raise InputError(f"{path}: damaged checkpoint: the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
@@ -192,11 +203,11 @@ def publish_best(source: Path, record: RunRecord, target: Path) -> str:
     """
     if record.val_acc is not None and target.exists() and (other := _readable_record(target)):
         if not _same_validation(record, other):
-            return (
-                f"{target} stays: other validation images judged it (--set experiment=NAME publishes under a new name)"
-            )
-        if other.val_acc is not None and other.val_acc >= record.val_acc:
-            return f"{target} stays: an earlier run reached {other.val_acc:.2%}"
+            return f"{target} stays: other validation images judged it (--set experiment=NAME publishes elsewhere)"
+        # A run that was killed while it published the same model does it again.
+        again = other.run == record.run and other.val_acc == record.val_acc
+        if other.val_acc is not None and other.val_acc >= record.val_acc and not again:
+            return f"{target} stays: run {other.run} reached {other.val_acc:.2%}"
     copy_checkpoint(source, target)
     return f"{target} is this run's"
 

@@ -25,7 +25,9 @@ class InputError(Exception):
 
 
 class RunFailedError(Exception):
-    """The run cannot go on though the input was right (it diverged, say); one line. Exit status 1."""
+    """The run cannot go on though the input was right (it diverged, say); one line."""
+
+    status = 1
 
 
 class Section(BaseModel):
@@ -123,7 +125,10 @@ class TrainConfig(Section):
     epochs: Count = 200
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     clip_grad_norm: Positive | None = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     checkpoint_every: Count = 10
+    save_every_seconds: NonNegative = 300.0
+    save_failures_allowed: int = Field(3, ge=0)
     patience: Count | None = 50
     log_every: Count = 20
 

@@ -55,7 +55,7 @@ def evaluate(
     record: RunRecord = saved["record"]
     config = parse_config(record.config, str(path), [*overrides, f"output_dir={output_dir}"])
     device = select_device(config.device)
-    model = load_model(config, saved["model"], path).to(device).to(memory_format=torch.channels_last)
+    model = load_model(config, saved.get("ema", saved["model"]), path).to(device).to(memory_format=torch.channels_last)
     images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
     logger.info(
         "%s from %s, epoch %d, on %d images of %s",

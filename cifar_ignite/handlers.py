@@ -5,15 +5,15 @@ Ignite calls the handlers of one event in the order they were attached; train.py
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, EarlyStopping, LRScheduler, ProgressBar, TensorboardLogger
+from ignite.handlers import Checkpoint, EarlyStopping, EMAHandler, LRScheduler
 from ignite.metrics import Accuracy, Loss, Metric
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from cifar_ignite.checkpoints import DurableSaver, RunRecord
 from cifar_ignite.config import InputError, RunFailedError, ScheduleConfig
 from cifar_ignite.engines import LossFn, TrainingEvents
-from cifar_ignite.figures import draw_history
 from cifar_ignite.loader import EvalLoader
+from cifar_ignite.signals import StopFlag
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,10 @@ def attach_schedule(
         peak_lr: the highest learning rate.
         iterations: of the whole training.
 
+    The rate is a function of the iteration alone: nothing of it is saved, `set_schedule` resumes it.
+
     Returns:
-        The handler, whose state belongs in the checkpoint.
+        The handler around the torch schedule.
     """
     if schedule.name == "onecycle":
         if schedule.warmup_fraction * iterations == 1:  # OneCycleLR divides by warm-up iterations - 1
@@ -72,6 +74,13 @@ def attach_schedule(
     return handler
 
 
+def set_schedule(handler: LRScheduler, iteration: int) -> None:
+    """Put the schedule, and the optimizer's learning rate, where they are after so many iterations."""
+    if iteration:
+        handler.lr_scheduler.last_epoch = iteration - 1
+        handler(None)
+
+
 def cosine_factor(iteration: int, iterations: int, schedule: ScheduleConfig) -> float:
     """Share of the peak learning rate at `iteration` (from 0): linear warm-up, then half a cosine."""
     start = 1 / schedule.div_factor
@@ -84,7 +93,7 @@ def cosine_factor(iteration: int, iterations: int, schedule: ScheduleConfig) -> 
 
 def attach_gradient_guard(
     trainer: Engine, model: nn.Module, optimizer: Optimizer, max_norm: float | None, check_every: int
-) -> None:
+) -> Callable[[], None]:
     """Clip the global gradient norm, and make no update with a gradient that is not finite.
 
     A fused optimizer skips its update on the device when its `found_inf` is set (as torch's GradScaler does), so
@@ -96,6 +105,9 @@ def attach_gradient_guard(
         optimizer: fused.
         max_norm: gradients are scaled down to this 2-norm; None leaves them.
         check_every: iterations between looks; 1 stops at the very iteration.
+
+    Returns:
+        Looks at once; to be called before a state is saved.
 
     Raises:
         NonFiniteError: from the trainer's `run`, naming the iteration and the learning rate.
@@ -111,18 +123,31 @@ def attach_gradient_guard(
         now = torch.tensor([engine.state.iteration, optimizer.param_groups[0]["lr"]], dtype=torch.float64)
         bad.copy_(torch.where(infinite & (bad[0] == 0), now.to(bad.device, non_blocking=True), bad))
         if engine.state.iteration % check_every == 0:
-            look(engine)
+            look()
 
-    def look(engine: Engine) -> None:
+    def look() -> None:
         iteration, lr = bad.tolist()
         if iteration:
-            raise NonFiniteError(
-                f"the gradient is not finite at iteration {iteration:.0f} (epoch {engine.state.epoch}, lr {lr:.3g}); "
-                "a lower optimizer.lr or a tighter train.clip_grad_norm usually helps"
-            )
+            epoch = math.ceil(iteration / (trainer.state.epoch_length or 1))
+            raise NonFiniteError(f"the gradient is not finite at epoch {epoch}, iteration {iteration:.0f}, lr {lr:.3g}")
 
     trainer.add_event_handler(TrainingEvents.BACKWARD_COMPLETED, guard)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
+    return look
+
+
+def attach_ema(trainer: Engine, model: nn.Module, decay: float) -> nn.Module:
+    """Keep an exponential moving average of weights and of BatchNorm statistics, updated after each iteration.
+
+    The statistics are averaged like the weights ("update"): copied ones would be those of other weights, and would
+    share memory with the model's.
+
+    Returns:
+        The averaged model, in evaluation mode.
+    """
+    ema = EMAHandler(model, momentum=1 - decay, handle_buffers="update")
+    ema.attach(trainer)
+    return ema.ema_model
 
 
 def attach_metrics(engine: Engine, loss_fn: LossFn, device: torch.device) -> dict[str, Metric]:
@@ -145,37 +170,57 @@ def attach_metrics(engine: Engine, loss_fn: LossFn, device: torch.device) -> dic
     return metrics
 
 
-def attach_progress_bar(trainer: Engine, metrics: dict[str, Metric], optimizer: Optimizer, every: int) -> None:
-    """A bar an epoch with loss, accuracy, learning rate and time left; looks at the metrics every so many iterations.
+class EpochTimer:
+    """Seconds spent on the iterations of the current epoch, by all processes that worked on it."""
 
-    Without a terminal there is no bar.
-    """
+    def __init__(self, trainer: Engine) -> None:
+        self._before, self._started = 0.0, math.nan
+        trainer.add_event_handler(Events.EPOCH_STARTED, self._start)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stop)
 
-    def postfix(_: Any) -> dict[str, str]:
-        return {
-            "loss": f"{metrics['loss'].compute():.3f}",
-            "acc": f"{100 * metrics['accuracy'].compute():.1f}%",
-            "lr": f"{optimizer.param_groups[0]['lr']:.2e}",
-        }
+    def _start(self, engine: Engine) -> None:
+        if engine.state.iteration % (engine.state.epoch_length or 1) == 0:
+            self._before = 0.0
+        self._started = time.monotonic()
 
-    bar = ProgressBar(disable=None, dynamic_ncols=True)
-    bar.attach(trainer, output_transform=postfix, event_name=Events.ITERATION_COMPLETED(every=every))
+    def _stop(self, engine: Engine) -> None:
+        self._before, self._started = self.seconds, math.nan
+
+    @property
+    def seconds(self) -> float:
+        return self._before if math.isnan(self._started) else self._before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._before = state["seconds"]
 
 
 # --- At the end of an epoch ---------------------------------------------------------------------------------------
 
 
 def attach_validation(trainer: Engine, evaluator: Engine, val_loader: EvalLoader) -> None:
-    """Run the evaluator after each epoch."""
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: evaluator.run(val_loader))
+    """Run the evaluator after each epoch.
+
+    Raises:
+        NonFiniteError: the loss is not finite: weights have overflowed, no accuracy of theirs means anything.
+    """
+
+    def validate(engine: Engine) -> None:
+        loss = evaluator.run(val_loader).metrics["loss"]
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the validation loss is not finite at epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+            )
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
 
 
 def attach_history(
-    trainer: Engine, evaluator: Engine | None, optimizer: Optimizer, record: RunRecord, images: int, csv: Path
+    trainer: Engine, evaluator: Engine | None, optimizer: Optimizer, record: RunRecord, images: int, timer: EpochTimer
 ) -> None:
-    """Append a row to the record's history after each epoch, and write metrics.csv from the history.
-
-    The file is always whole and always agrees with the newest checkpoint, also after resuming an earlier one.
+    """Append a row to the record's history after each epoch: the columns of metrics.csv.
 
     Args:
         trainer: has train metrics.
@@ -183,12 +228,11 @@ def attach_history(
         optimizer: for the learning rate.
         record: gets the row.
         images: trained on in an epoch.
-        csv: the file.
+        timer: for the seconds.
     """
 
     def append(engine: Engine) -> None:
         val = evaluator.state.metrics if evaluator else {"loss": None, "accuracy": None}
-        seconds = engine.state.times[Events.EPOCH_COMPLETED.name] or math.nan
         row = {
             "epoch": engine.state.epoch,
             "train_loss": engine.state.metrics["loss"],
@@ -196,95 +240,12 @@ def attach_history(
             "val_loss": val["loss"],
             "val_acc": val["accuracy"],
             "lr": optimizer.param_groups[0]["lr"],
-            "seconds": seconds,
-            "images_per_second": images / seconds,
+            "seconds": timer.seconds,
+            "images_per_second": images / timer.seconds,
         }
         record.history.append(row)
-        pd.DataFrame(record.history).to_csv(csv, index=False)
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED, append)
-
-
-def attach_epoch_line(trainer: Engine, record: RunRecord) -> None:
-    """Log a line an epoch: what was learnt, how fast, how long until the end."""
-    started: dict[str, float] = {}
-
-    def start(engine: Engine) -> None:
-        started.update(time=time.monotonic(), epoch=engine.state.epoch)
-
-    def line(engine: Engine) -> None:
-        row, epoch, epochs = record.history[-1], engine.state.epoch, engine.state.max_epochs or 0
-        val = ""
-        if row["val_acc"] is not None:
-            best = " (best)" if row is max(record.history, key=lambda row: row["val_acc"]) else ""
-            val = f"  val loss {row['val_loss']:.3f} acc {row['val_acc']:.2%}{best}"
-        left = (time.monotonic() - started["time"]) / (epoch - started["epoch"]) * (epochs - epoch)
-        logger.info(
-            f"epoch {epoch:{len(str(epochs))}}/{epochs}  train loss {row['train_loss']:.3f} acc {row['train_acc']:.2%}"
-            f"{val}  lr {row['lr']:.2e}  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
-            f"  {format_seconds(left)} left"
-        )
-
-    trainer.add_event_handler(Events.STARTED, start)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, line)
-
-
-def format_seconds(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}"
-
-
-def attach_tensorboard(trainer: Engine, evaluator: Engine | None, optimizer: Optimizer, folder: Path) -> None:
-    """Write train and validation metrics and the learning rate as TensorBoard events."""
-    board = TensorboardLogger(log_dir=str(folder))
-    names = ["loss", "accuracy"]
-    board.attach_output_handler(trainer, Events.EPOCH_COMPLETED, tag="train", metric_names=names)
-    board.attach_opt_params_handler(trainer, Events.EPOCH_COMPLETED, optimizer=optimizer)
-    if evaluator:
-        board.attach_output_handler(
-            evaluator,
-            Events.COMPLETED,
-            tag="val",
-            metric_names=names,
-            global_step_transform=lambda *_: trainer.state.epoch,
-        )
-    trainer.add_event_handler(Events.COMPLETED, lambda _: board.close())
-
-
-def attach_figures(trainer: Engine, record: RunRecord, folder: Path, every: int) -> None:
-    """Draw the history every so many epochs and at the end."""
-
-    def draw(_: Engine) -> None:
-        draw_history(record.history, folder)
-
-    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every) | Events.COMPLETED, draw)
-
-
-def attach_best_model(
-    trainer: Engine, model: nn.Module, record: RunRecord, folder: Path, publish: Callable[[Path], None]
-) -> Checkpoint:
-    """Keep the model of the best validation accuracy in `folder`; `publish` is called with each new best file.
-
-    Attached to the trainer, after the history has the epoch's row, so that the file tells its own accuracy.
-    """
-    best = Checkpoint(
-        {"model": model, "record": record},
-        DurableSaver(folder),
-        filename_pattern="best_epoch_{global_step:04d}.pth",
-        score_function=lambda _: record.val_acc or 0.0,
-        global_step_transform=lambda engine, _: engine.state.epoch,
-    )
-
-    def save(engine: Engine) -> None:
-        before = best.last_checkpoint
-        best(engine)
-        if best.last_checkpoint != before:
-            publish(folder / str(best.last_checkpoint))
-
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, save)
-    return best
 
 
 def attach_early_stopping(trainer: Engine, record: RunRecord, patience: int) -> EarlyStopping:
@@ -297,11 +258,105 @@ def attach_early_stopping(trainer: Engine, record: RunRecord, patience: int) -> 
     return stopping
 
 
-def attach_checkpoints(trainer: Engine, state: dict[str, Any], folder: Path, every: int) -> None:
-    """Save the whole training state: the newest two of all epochs, and every so many epochs one that stays.
+# --- Saving -------------------------------------------------------------------------------------------------------
 
-    Attached last, so that the state is that of a finished epoch, and after a resumed state is loaded.
+
+class PatientSaver:
+    """Calls Ignite's `Checkpoint`; a failure leaves what was there and is told; too many in a row end the run.
+
+    Attributes:
+        folder: of the checkpoints.
+        allowed: failures in a row that are borne.
+        failures: in a row, so far.
     """
+
+    def __init__(self, folder: Path, allowed: int) -> None:
+        self.folder, self.allowed, self.failures = folder, allowed, 0
+
+    def __call__(self, checkpoint: Checkpoint, engine: Engine, then: Callable[[], Any] | None = None) -> None:
+        """Save, and call `then` if there is a new file.
+
+        Raises:
+            RunFailedError: more than the allowed number of saves in a row have failed.
+        """
+        before, last = checkpoint.state_dict(), checkpoint.last_checkpoint
+        try:
+            checkpoint(engine)
+            if then and checkpoint.last_checkpoint != last:
+                then()
+            self.failures = 0
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            # Checkpoint has already noted the file that is not there as saved, and the old one as removed.
+            checkpoint.load_state_dict(before)
+            self.failures += 1
+            reason = " ".join(str(error).split())
+            free = shutil.disk_usage(self.folder).free / 1e9 if self.folder.exists() else 0
+            message = f"cannot write a checkpoint into {self.folder} ({reason}; {free:.1f} GB free)"
+            if self.failures > self.allowed:
+                raise RunFailedError(f"{message}, {self.failures} in a row") from None
+            logger.warning("%s; the older ones are kept and training goes on", message)
+
+
+def attach_best_model(
+    trainer: Engine,
+    model: nn.Module,
+    record: RunRecord,
+    saver: PatientSaver,
+    publish: Callable[[], Any],
+    *,
+    selected: bool,
+) -> Checkpoint:
+    """Keep the model of the best validation accuracy, or, with nothing to select by, the last one.
+
+    Attached to the trainer, after the history has the epoch's row, so that the file tells its own accuracy.
+
+    Args:
+        trainer: its epochs are judged.
+        model: what is saved, beside the record.
+        record: has the accuracies.
+        saver: where to, and bears with failures.
+        publish: called when there is a new file.
+        selected: whether there are validation accuracies.
+
+    Returns:
+        The handler; its state belongs in the checkpoint if the model is selected.
+    """
+    best = Checkpoint(
+        {"model": model, "record": record},
+        DurableSaver(saver.folder),
+        filename_pattern="best_epoch_{global_step:04d}.pth" if selected else "last_val_acc_none.pth",
+        score_function=(lambda _: record.val_acc or 0.0) if selected else None,
+        global_step_transform=lambda engine, _: engine.state.epoch,
+    )
+    event = Events.EPOCH_COMPLETED if selected else Events.COMPLETED
+    trainer.add_event_handler(event, lambda engine: saver(best, engine, publish))
+    return best
+
+
+def attach_checkpoints(
+    trainer: Engine,
+    state: dict[str, Any],
+    saver: PatientSaver,
+    every: int,
+    every_seconds: float,
+    check: Callable[[], None],
+) -> Callable[[], None]:
+    """Save the whole training state: the newest two, and every so many epochs one that stays.
+
+    Attached last, so that the state is that of a finished iteration or epoch, and after a resumed state is loaded.
+
+    Args:
+        trainer: its iterations name the files.
+        state: objects with a `state_dict`.
+        saver: where to, and bears with failures.
+        every: epochs between checkpoints that stay.
+        every_seconds: between saves within an epoch; each epoch ends with one in any case.
+        check: raises if the state is not fit to be saved.
+
+    Returns:
+        Saves the newest state at once.
+    """
+    folder = saver.folder
     kept = Checkpoint(
         state,
         DurableSaver(folder),
@@ -314,10 +369,35 @@ def attach_checkpoints(trainer: Engine, state: dict[str, Any], folder: Path, eve
         DurableSaver(folder),
         filename_pattern="latest_{global_step:09d}.pt",
         global_step_transform=lambda engine, _: engine.state.iteration,
+        # The state between the last iteration of an epoch and its end has the name of the one after it.
         n_saved=2,
     )
     # What an interrupted run left counts among the newest two.
     before = [(int(path.stem.split("_")[1]), path.name) for path in folder.glob("latest_*.pt")]
     latest.load_state_dict({"_saved": sorted(item for item in before if item[0] <= trainer.state.iteration)})
-    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every), kept)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, latest)
+    saved_at = [time.monotonic()]
+
+    def save() -> None:
+        check()
+        saver(latest, trainer)
+        saved_at[0] = time.monotonic()
+
+    def save_if_due() -> None:
+        if time.monotonic() - saved_at[0] >= every_seconds:
+            save()
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every), lambda engine: saver(kept, engine))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, save)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, save_if_due)
+    return save
+
+
+def attach_stop(trainer: Engine, evaluator: Engine | None, flag: StopFlag) -> None:
+    """Leave the engines between two iterations, in training or in validation, once a signal has come.
+
+    Raises:
+        StopRequested: from the trainer's `run`.
+    """
+    for engine in (trainer, evaluator):
+        if engine:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, flag.look)

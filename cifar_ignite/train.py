@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine
-from ignite.handlers import Checkpoint
+from ignite.engine import Events
 from torch import Tensor, nn
 
 from cifar_ignite import handlers
@@ -21,51 +19,55 @@ from cifar_ignite.checkpoints import (
     RunRecord,
     best_model_path,
     create_unique_dir,
-    load_checkpoint,
     newest,
     publish_best,
-    write_checkpoint,
+    replacing,
+    sweep_temporaries,
 )
-from cifar_ignite.config import Config, InputError, flatten
+from cifar_ignite.config import Config, InputError, RunFailedError, flatten
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, split_validation
 from cifar_ignite.engines import create_evaluator, create_trainer, select_device
 from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed
 from cifar_ignite.models import create_model
-
-# What may differ between a run and its continuation: it changes where and how things run, not what is trained.
-FREE_TO_CHANGE = {"output_dir", "device", "data.root", "train.checkpoint_every", "train.log_every"}
+from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
+from cifar_ignite.resume import Resumed, find_resumed
+from cifar_ignite.signals import StopFlag, Stopped, StopRequested, stop_flag
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, resume: str | None = None) -> Path:
+def train(config: Config, resume: str | None = None, allow_changes: bool = False) -> Path:
     """Train one model, or go on training it.
 
     Args:
         config: the whole run.
-        resume: "latest" continues the newest run of the experiment; a path continues from that training state.
+        resume: "latest" continues the newest run of the experiment; a path continues a run folder or a training state.
+        allow_changes: resume also under a configuration that changes what is trained.
 
     Returns:
         The run folder.
 
     Raises:
         InputError: data, model or checkpoint do not fit; nothing was written.
-        NonFiniteError: the training diverged; the newest checkpoints are those before it.
+        RunFailedError: the training diverged, or checkpoints can no longer be written, or a signal asked to stop
+            (`Stopped`); the newest checkpoints are whole.
     """
-    state_path = find_state(config, resume) if resume else None
-    saved = load_state(state_path, config) if state_path else None
-    if state_path and saved and is_finished(saved, config):
-        logger.info("already complete after epoch %d: nothing to do for %s", saved["record"].epoch, state_path)
-        return state_path.parent.parent
-    device = select_device(config.device)
-    model = build_model(config, device)
-    images = load_images(config.data, train=True)
-    loaders = create_loaders(config, images, device)
-    run_dir = state_path.parent.parent if state_path else create_run_dir(config)
-    with logging_to(logging.FileHandler(run_dir / "logs" / "training.log", encoding="utf-8")):
-        log_start(config, model, images, run_dir, device, state_path)
-        record = RunRecord(config.model_dump(mode="json"), list(images.class_names))
-        fit(config, model, record, loaders, run_dir, saved)
+    with stop_flag() as flag:
+        device = select_device(config.device)
+        resumed = find_resumed(config, resume, allow_changes, device) if resume else None
+        if resumed and resumed.is_finished(config):
+            logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
+            return resumed.run_dir or config.output_dir
+        model = build_model(config, device)
+        images = load_images(config.data, train=True)
+        loaders = create_loaders(config, images, device)
+        if resumed:
+            resumed.check_length(len(loaders[0]), allow_changes)
+        run_dir = open_run_dir(config, resumed.run_dir if resumed else None)
+        with log_file(run_dir / "logs" / "training.log"), naming_newest_state(run_dir / "checkpoints"):
+            log_start(config, model, images, run_dir, device, resumed)
+            record = RunRecord(run_dir.name, config.model_dump(mode="json"), list(images.class_names))
+            fit(config, model, record, loaders, run_dir, resumed, flag)
     return run_dir
 
 
@@ -75,69 +77,71 @@ def fit(
     record: RunRecord,
     loaders: tuple[TrainLoader, EvalLoader | None],
     run_dir: Path,
-    saved: dict[str, Any] | None,
+    resumed: Resumed | None,
+    flag: StopFlag,
 ) -> None:
-    """Attach every behaviour in order, load the saved state if there is one, and run to the end."""
+    """Attach every behaviour in order, take over the saved state if there is one, and run to the end."""
     train_loader, val_loader = loaders
-    device = train_loader.images.device
-    checkpoints, logs = run_dir / "checkpoints", run_dir / "logs"
-    best_target = best_model_path(config.output_dir, config.experiment, selected=val_loader is not None)
-    published = [""]
-
-    def publish(path: Path) -> None:
-        published[0] = publish_best(path, record, best_target)
-
+    device, options, checkpoints = train_loader.images.device, config.train, run_dir / "checkpoints"
     # Fused, so that an update can be skipped on the device (see attach_gradient_guard).
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
+    optimizer = torch.optim.SGD(model.parameters(), **config.optimizer.model_dump(), fused=True)
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
     trainer = create_trainer(model, optimizer, loss_fn)
-    iterations = config.train.epochs * len(train_loader)
+    timer = handlers.EpochTimer(trainer)
+    iterations = options.epochs * len(train_loader)
     schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, config.optimizer.lr, iterations)
-    state: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "trainer": trainer,
-        "record": record,
-    }
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
-    check_every = 1 if device.type == "cpu" else config.train.log_every
-    handlers.attach_gradient_guard(trainer, model, optimizer, config.train.clip_grad_norm, check_every)
+    check_every = 1 if device.type == "cpu" else options.log_every
+    check = handlers.attach_gradient_guard(trainer, model, optimizer, options.clip_grad_norm, check_every)
     metrics = handlers.attach_metrics(trainer, loss_fn, device)
-    handlers.attach_progress_bar(trainer, metrics, optimizer, config.train.log_every)
-    evaluator: Engine | None = None
-    if val_loader:
-        evaluator = create_evaluator(model)
+    state = {"model": model, "optimizer": optimizer, "trainer": trainer, "record": record, "timer": timer}
+    judged = model
+    if options.ema_decay:
+        judged = state["ema"] = handlers.attach_ema(trainer, model, options.ema_decay)
+    attach_progress(trainer, metrics, optimizer, options.log_every)
+
+    evaluator = create_evaluator(judged) if val_loader else None
+    if evaluator and val_loader:
         handlers.attach_metrics(evaluator, F.cross_entropy, device)
         handlers.attach_validation(trainer, evaluator, val_loader)
-    handlers.attach_history(trainer, evaluator, optimizer, record, len(train_loader.images), logs / "metrics.csv")
-    if val_loader:
-        state["best"] = handlers.attach_best_model(trainer, model, record, checkpoints, publish)
-        if config.train.patience:
-            state["early_stopping"] = handlers.attach_early_stopping(trainer, record, config.train.patience)
-    handlers.attach_epoch_line(trainer, record)
-    handlers.attach_tensorboard(trainer, evaluator, optimizer, logs / "tensorboard")
-    handlers.attach_figures(trainer, record, logs / "figures", config.train.checkpoint_every)
-    if saved:
-        Checkpoint.load_objects(state, saved | {"record": saved["record"].state_dict()})
+    handlers.attach_history(trainer, evaluator, optimizer, record, len(train_loader.images), timer)
+    saver = handlers.PatientSaver(checkpoints, options.save_failures_allowed)
+    target = best_model_path(config.output_dir, config.experiment, selected=evaluator is not None)
+
+    def publish() -> str:
+        return publish_best(checkpoints / str(best.last_checkpoint), record, target)
+
+    best = handlers.attach_best_model(trainer, judged, record, saver, publish, selected=evaluator is not None)
+    if evaluator:
+        state["best"] = best
+        if options.patience:
+            state["early_stopping"] = handlers.attach_early_stopping(trainer, record, options.patience)
+    attach_reports(trainer, record, run_dir / "logs", options.checkpoint_every)
+    if resumed:
+        resumed.load_into(state, options.epochs)
         train_loader.iteration = trainer.state.iteration
-    handlers.attach_checkpoints(trainer, state, checkpoints, config.train.checkpoint_every)
+        handlers.set_schedule(schedule, trainer.state.iteration)
+    state["metrics"] = metrics
+    save = handlers.attach_checkpoints(
+        trainer, state, saver, options.checkpoint_every, options.save_every_seconds, check
+    )
+    handlers.attach_stop(trainer, evaluator, flag)
 
     started = time.monotonic()
-    trainer.run(train_loader, max_epochs=config.train.epochs)
-    best_path = (
-        checkpoints / str(state["best"].last_checkpoint) if val_loader else checkpoints / "last_val_acc_none.pth"
-    )
-    if not val_loader:
-        write_checkpoint(best_path, {"model": model.state_dict(), "record": record.state_dict()})
-        publish(best_path)
-    log_end(record, run_dir, best_path, published[0], time.monotonic() - started)
+    try:
+        if resumed:
+            resumed.finish_epoch(trainer, metrics)
+        # Ignite would begin a finished training anew.
+        done = record.epoch == options.epochs or trainer.should_terminate
+        trainer.fire_event(Events.COMPLETED) if done else trainer.run(train_loader, max_epochs=options.epochs)
+    except StopRequested:
+        saver.allowed = 0
+        save()
+        raise Stopped(flag, record.epoch, trainer.state.iteration) from None
+    if saver.failures:
+        saver.allowed = 0
+        save()
+    log_end(record, run_dir, checkpoints / str(best.last_checkpoint), publish(), time.monotonic() - started)
 
 
 # --- Building -----------------------------------------------------------------------------------------------------
@@ -171,95 +175,62 @@ def create_loaders(config: Config, images: Images, device: torch.device) -> tupl
     return train_loader, EvalLoader(*on_device(val_rows), batch_size=config.data.batch_size, mean=mean, std=std)
 
 
-def create_run_dir(config: Config) -> Path:
-    """A new folder named by the time, with config.json in it."""
+def open_run_dir(config: Config, run_dir: Path | None) -> Path:
+    """The folder of a run that is continued, or a new one named by the time; with config.json in it."""
     runs = config.output_dir / "training_runs"
     try:
-        run_dir = create_unique_dir(runs, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        for folder in ("checkpoints", "logs"):
-            (run_dir / folder).mkdir()
-        (run_dir / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+        run_dir = run_dir or create_unique_dir(runs, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        for part in (run_dir, run_dir / "checkpoints", run_dir / "logs"):
+            part.mkdir(exist_ok=True)
+            sweep_temporaries(part)
+        # Another run may be writing there now.
+        sweep_temporaries(config.output_dir / "best_models", older_than=3600)
+        with replacing(run_dir / "config.json") as temporary:
+            temporary.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"output_dir: cannot write into {runs}: {error.strerror}") from None
+        raise InputError(f"output_dir: cannot write into {run_dir or runs}: {error.strerror}") from None
     return run_dir
-
-
-# --- Resuming -----------------------------------------------------------------------------------------------------
-
-
-def find_state(config: Config, resume: str) -> Path:
-    """The training state that `--resume` means: "latest", a run folder, or a file.
-
-    Raises:
-        InputError: there is none.
-    """
-    if resume != "latest":
-        path = Path(resume)
-        found = newest((path / "checkpoints").glob("latest_*.pt")) if path.is_dir() else path
-        if found is None:
-            raise InputError(f"{path}: no training state (checkpoints/latest_*.pt) in this folder")
-        return found
-    runs = config.output_dir / "training_runs"
-    states = [
-        path
-        for run_config in runs.glob("*/config.json")
-        if _experiment(run_config) == config.experiment
-        for path in (run_config.parent / "checkpoints").glob("latest_*.pt")
-    ]
-    found = newest(states)
-    if found is None:
-        raise InputError(f"{runs}: no run of experiment {config.experiment!r} to resume; start one without RESUME")
-    return found
-
-
-def _experiment(run_config: Path) -> Any:
-    try:
-        return json.loads(run_config.read_text())["experiment"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def load_state(path: Path, config: Config) -> dict[str, Any]:
-    """Read a training state and make sure that it belongs to `config`.
-
-    Raises:
-        InputError: not a training state, or of another configuration (the keys that differ are named).
-    """
-    saved = load_checkpoint(path)
-    if "trainer" not in saved:
-        raise InputError(f"{path}: holds a model only, not a training state; resume from a latest_*.pt or epoch_*.pt")
-    then, now = flatten(saved["record"].config), flatten(config.model_dump(mode="json"))
-    if changed := [key for key in now if key not in FREE_TO_CHANGE and then.get(key) != now[key]]:
-        differences = ", ".join(f"{key} was {json.dumps(then.get(key))}, now {json.dumps(now[key])}" for key in changed)
-        raise InputError(f"{path}: cannot be resumed under another configuration: {differences}")
-    return saved
-
-
-def is_finished(saved: dict[str, Any], config: Config) -> bool:
-    """Whether all epochs are done, or early stopping had stopped the run."""
-    stopped = "early_stopping" in saved and saved["early_stopping"]["counter"] >= (config.train.patience or 0)
-    return saved["record"].epoch >= config.train.epochs or stopped
 
 
 # --- Telling ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def logging_to(handler: logging.Handler) -> Iterator[None]:
-    """Send the package's messages to `handler` too: bare to the terminal, with the time to a file."""
+def log_file(path: Path) -> Iterator[None]:
+    """Send the package's messages to a file too, with the time; if that fails, to the terminal alone."""
     package = logging.getLogger("cifar_ignite")
-    stamp = "%(asctime)s " if isinstance(handler, logging.FileHandler) else ""
-    handler.setFormatter(logging.Formatter(f"{stamp}%(message)s"))
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        logger.warning("cannot write %s (%s); training goes on without it", path, error)
+        yield
+        return
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    # A full disk is told once by the files that matter; logging would print a traceback for each line.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     package.addHandler(handler)
     try:
         yield
     finally:
         package.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+@contextlib.contextmanager
+def naming_newest_state(checkpoints: Path) -> Iterator[None]:
+    """Add to the message of a failed run from where it can be continued."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except RunFailedError as error:
+        found = newest(checkpoints.glob("latest_*.pt"))
+        raise RunFailedError(f"{error}; newest state before it: {found or 'none yet'}") from None
 
 
 def log_start(
-    config: Config, model: nn.Module, images: Images, run_dir: Path, device: torch.device, state_path: Path | None
+    config: Config, model: nn.Module, images: Images, run_dir: Path, device: torch.device, resumed: Resumed | None
 ) -> None:
     """The configuration, a line a group; the model and its size; the device; where it all goes."""
     tree = config.model_dump(mode="json")
@@ -272,16 +243,17 @@ def log_start(
     logger.info("%s with %s parameters on %s", config.model.name, f"{parameters:,}", device)
     held_out = config.data.validation
     logger.info("%d images to train on, %d held out for validation", len(images.images) - held_out, held_out)
-    logger.info("%s %s", f"resuming {state_path} in" if state_path else "run folder", run_dir)
+    logger.info("run folder %s", run_dir)
+    if resumed:
+        logger.info(resumed.describe(config))
 
 
 def log_end(record: RunRecord, run_dir: Path, best_path: Path, published: str, seconds: float) -> None:
     """What came out, and where everything lies."""
-    logger.info("done after epoch %d, in %s", record.epoch, handlers.format_seconds(seconds))
+    logger.info("done after epoch %d, in %s", record.epoch, format_seconds(seconds))
     if record.val_acc is not None:
         row = max(record.history, key=lambda row: row["val_acc"])
         logger.info("best validation accuracy %.2f%% (epoch %d)", 100 * row["val_acc"], row["epoch"])
     logger.info("model      %s", best_path)
-    if published:
-        logger.info("published  %s", published)
+    logger.info("published  %s", published)
     logger.info("logs       %s (training.log, metrics.csv, tensorboard, figures)", run_dir / "logs")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.faults import differences
 from cifar_ignite.__main__ import main
 from cifar_ignite.config import parse_config
 from cifar_ignite.data import CIFAR10_CLASSES
@@ -94,3 +95,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Every path below a folder, with the bytes of the files."""
     return {os.path.relpath(path, folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def the_run(folder: Path) -> Path:
+    """The only run folder below folder/outputs."""
+    (run_dir,) = (folder / "outputs" / "training_runs").iterdir()
+    return run_dir
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Bit-identical weights, averages, momenta, counters and metrics of two run folders; only times differ."""
+    assert differences(one, other) == []

@@ -6,9 +6,8 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import snapshot
+from conftest import snapshot, the_run
 from test_checkpoints import Payload
-from test_commands import the_run
 
 from cifar_ignite import data
 
@@ -172,7 +171,9 @@ def test_a_checkpoint_of_another_model_or_configuration(refused, tmp_path, tiny_
 @pytest.mark.usefixtures("trained")
 def test_nothing_to_resume(refused, tmp_path, tiny_file):
     best = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
-    assert "holds a model only" in refused("train", "--config", tiny_file, "--resume", best)
+    assert "not a training state (no metrics, optimizer, timer, trainer in it)" in refused(
+        "train", "--config", tiny_file, "--resume", best
+    )
     line = refused("train", "--config", tiny_file, "--set", "experiment=other", "--resume", "latest")
     assert "no run of experiment 'other' to resume" in line
-    assert "no training state" in refused("train", "--config", tiny_file, "--resume", tmp_path)
+    assert "not a run folder" in refused("train", "--config", tiny_file, "--resume", tmp_path)

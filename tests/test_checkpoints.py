@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 import zipfile
 
 import numpy as np
@@ -13,15 +14,15 @@ from cifar_ignite.checkpoints import DurableSaver, RunRecord, create_unique_dir,
 from cifar_ignite.config import Config, InputError
 
 
-def record(val_acc=0.5, **data):
+def record(val_acc=0.5, run="2026", **data):
     tree = Config().model_dump(mode="json")
     tree["data"] |= data
-    return RunRecord(tree, ["a", "b"], [{"epoch": 3, "val_acc": val_acc}])
+    return RunRecord(run, tree, ["a", "b"], [{"epoch": 3, "val_acc": val_acc}])
 
 
-def write(path, val_acc=0.5, **data):
+def write(path, val_acc=0.5, run="2026", **data):
     torch.manual_seed(0)
-    contents = {"model": {"weight": torch.randn(300)}, "record": record(val_acc, **data).state_dict()}
+    contents = {"model": {"weight": torch.randn(300)}, "record": record(val_acc, run, **data).state_dict()}
     write_checkpoint(path, contents)
     return path
 
@@ -151,9 +152,9 @@ def test_the_saver_removes_the_old_file_only_after_the_new_one_is_there(tmp_path
 # --- The best of an experiment ------------------------------------------------------------------------------------
 
 
-def publish(tmp_path, val_acc, **data):
-    source = write(tmp_path / "source.pth", val_acc, **data)
-    return checkpoints.publish_best(source, record(val_acc, **data), tmp_path / "best" / "x_best.pth")
+def publish(tmp_path, val_acc, run="2026", **data):
+    source = write(tmp_path / "source.pth", val_acc, run, **data)
+    return checkpoints.publish_best(source, record(val_acc, run, **data), tmp_path / "best" / "x_best.pth")
 
 
 def published(tmp_path):
@@ -162,8 +163,9 @@ def published(tmp_path):
 
 def test_only_a_better_model_replaces_the_best(tmp_path):
     assert "is this run's" in publish(tmp_path, 0.5)
-    assert "stays: an earlier run reached 50.00%" in publish(tmp_path, 0.5)
+    assert "stays: run 2026 reached 50.00%" in publish(tmp_path, 0.5, run="2027")
     assert "stays" in publish(tmp_path, 0.4)
+    assert "is this run's" in publish(tmp_path, 0.5)  # killed while it published, it publishes again
     assert published(tmp_path) == 0.5
     assert "is this run's" in publish(tmp_path, 0.6)
     assert published(tmp_path) == 0.6
@@ -194,3 +196,13 @@ def test_models_without_validation_have_a_name_of_their_own(tmp_path):
 def test_folders_are_unique(tmp_path):
     names = [create_unique_dir(tmp_path / "runs", "2026").name for _ in range(3)]
     assert names == ["2026", "2026_2", "2026_3"]
+
+
+def test_only_old_leftovers_of_killed_processes_are_swept(tmp_path):
+    for name, age in ((".best.pth.1.tmp", 7200), (".new.pth.2.tmp", 10), ("best.pth", 7200)):
+        (tmp_path / name).write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    checkpoints.sweep_temporaries(tmp_path, older_than=3600)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.pth.2.tmp", "best.pth"]
+    checkpoints.sweep_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pth"]

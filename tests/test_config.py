@@ -128,7 +128,9 @@ EFFECTS = {
     "train.epochs": 1,
     "train.label_smoothing": 0.0,
     "train.clip_grad_norm": 0.01,
+    "train.ema_decay": 0.5,
     "train.checkpoint_every": 1,
+    "train.save_every_seconds": 0,
 }
 # Keys that matter beside another one.
 BESIDE = {
@@ -140,7 +142,15 @@ BESIDE = {
     "train.patience": (1, ["train.epochs=6", "optimizer.lr=1e-9"]),
 }
 # Keys that change where and how a run goes, not what it learns: below, reading them is recorded.
-READ = {"experiment", "output_dir", "device", "data.root", "data.synthetic.test_size", "train.log_every"}
+READ = {
+    "experiment",
+    "output_dir",
+    "device",
+    "data.root",
+    "data.synthetic.test_size",
+    "train.log_every",
+    "train.save_failures_allowed",
+}
 
 
 def fingerprint(config):
@@ -148,7 +158,8 @@ def fingerprint(config):
     run_dir = train(config)
     state = load_checkpoint(max((run_dir / "checkpoints").glob("latest_*.pt")))
     table = pd.read_csv(run_dir / "logs" / "metrics.csv").drop(columns=["seconds", "images_per_second"])
-    weights = torch.cat([weight.flatten().double() for weight in state["model"].values()])
+    best = load_checkpoint(next((run_dir / "checkpoints").glob("best*")))
+    weights = torch.cat([w.flatten().double() for one in (state, best) for w in one["model"].values()])
     return weights, table, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 

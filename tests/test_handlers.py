@@ -1,19 +1,20 @@
 """Handlers with fake engines and fake scores: milliseconds, exact."""
 
 import math
+import time
 
-import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from cifar_ignite import handlers
+from cifar_ignite import checkpoints, handlers
 from cifar_ignite.checkpoints import RunRecord
-from cifar_ignite.config import InputError, ScheduleConfig
+from cifar_ignite.config import InputError, RunFailedError, ScheduleConfig
 from cifar_ignite.engines import create_evaluator, create_trainer
 from cifar_ignite.loader import EvalLoader
+from cifar_ignite.reporting import format_seconds
 
 CPU = torch.device("cpu")
 
@@ -115,7 +116,7 @@ def test_a_non_finite_gradient_stops_before_its_update(bad):
     weight, norms, error = guarded([pair(1), pair(bad), pair(1)])
     assert torch.allclose(weight, torch.full((1, 2), 0.9))
     assert len(norms) == 1
-    assert "not finite at iteration 2 (epoch 1, lr 0.1)" in error
+    assert error == "the gradient is not finite at epoch 1, iteration 2, lr 0.1"
 
 
 def test_looking_seldom_still_makes_no_update_with_a_non_finite_gradient():
@@ -160,7 +161,7 @@ def test_train_metrics_take_distributions_as_targets():
 
 def scored(scores, attach):
     """Run an engine for as many epochs as there are validation accuracies; returns how many it ran."""
-    record = RunRecord({}, [])
+    record = RunRecord("run", {}, [])
     trainer = Engine(lambda engine, batch: None)
 
     @trainer.on(Events.EPOCH_COMPLETED)
@@ -179,37 +180,199 @@ def test_early_stopping_stops_after_patience_epochs_without_a_rise():
     assert epochs == 6
 
 
+def test_early_stopping_survives_many_runs_of_the_evaluator():
+    """EarlyStopping.attach(evaluator) would reset its count each time the evaluator starts, and never stop."""
+    record, trainer, evaluator = RunRecord("run", {}, []), Engine(lambda *_: None), Engine(lambda *_: None)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def validate(engine):
+        evaluator.run([0])
+        record.history.append({"epoch": engine.state.epoch, "val_acc": 0.5})
+
+    handlers.attach_early_stopping(trainer, record, 2)
+    trainer.run([0], max_epochs=10)
+    assert trainer.state.epoch == 3
+
+
 def test_the_best_model_is_the_first_of_the_highest_and_published_once(tmp_path):
     published = []
 
     def attach(trainer, record):
-        return handlers.attach_best_model(trainer, nn.Linear(1, 1), record, tmp_path, published.append)
+        saver = handlers.PatientSaver(tmp_path, 0)
+        best = handlers.attach_best_model(
+            trainer, nn.Linear(1, 1), record, saver, lambda: published.append(best.last_checkpoint), selected=True
+        )
 
     scored([0.2, 0.5, 0.5, 0.1, 0.6, 0.6], attach)
-    assert [path.name for path in published] == ["best_epoch_0001.pth", "best_epoch_0002.pth", "best_epoch_0005.pth"]
+    assert published == ["best_epoch_0001.pth", "best_epoch_0002.pth", "best_epoch_0005.pth"]
     assert [path.name for path in tmp_path.iterdir()] == ["best_epoch_0005.pth"]
 
 
-def test_the_history_is_what_pandas_reads_back(tmp_path):
-    record = RunRecord({}, [])
-    trainer = Engine(lambda engine, batch: None)
+def test_a_validation_loss_that_is_not_finite_stops_the_run():
+    trainer, evaluator = Engine(lambda *_: None), Engine(lambda engine, batch: batch)
+    handlers.attach_metrics(evaluator, nn.functional.cross_entropy, CPU)
+    handlers.attach_validation(trainer, evaluator, [(torch.full((2, 3), math.nan), torch.tensor([0, 1]))])
+    with pytest.raises(handlers.NonFiniteError, match="validation loss is not finite at epoch 1, iteration 1"):
+        trainer.run([0], max_epochs=2)
+
+
+def test_the_history_has_a_row_an_epoch():
+    record = RunRecord("run", {}, [])
+    trainer = Engine(lambda engine, batch: time.sleep(0.01))
+    timer = handlers.EpochTimer(trainer)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def metrics(engine):
-        engine.state.metrics = {"loss": 1 / 3 / engine.state.epoch, "accuracy": 0.1 * engine.state.epoch}
+        time.sleep(0.05)  # validation, say: not training time
+        engine.state.metrics = {"loss": 1 / engine.state.epoch, "accuracy": 0.1 * engine.state.epoch}
 
-    handlers.attach_history(trainer, None, sgd([nn.Parameter(torch.zeros(1))]), record, 500, tmp_path / "metrics.csv")
+    handlers.attach_history(trainer, None, sgd([nn.Parameter(torch.zeros(1))]), record, 500, timer)
     trainer.run([0, 0], max_epochs=3)
-    table = pd.read_csv(tmp_path / "metrics.csv")
-    assert list(table) == [
-        "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second",
-    ]  # fmt: skip
-    assert table["epoch"].tolist() == [1, 2, 3]
-    assert table["train_loss"].tolist() == [1 / 3, 1 / 6, 1 / 9]
-    assert table["val_acc"].isna().all()
-    assert (table["images_per_second"] * table["seconds"]).tolist() == pytest.approx([500] * 3)
+    assert [row["epoch"] for row in record.history] == [1, 2, 3]
+    assert [row["train_loss"] for row in record.history] == [1, 1 / 2, 1 / 3]
+    for row in record.history:
+        assert row["val_acc"] is None
+        assert row["seconds"] >= 0.02
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(500)
+
+
+def test_the_timer_adds_up_what_several_processes_spent_on_an_epoch():
+    def epoch(timer_state, iterations, done):
+        trainer = Engine(lambda engine, batch: time.sleep(0.02))
+        timer = handlers.EpochTimer(trainer)
+        if timer_state:
+            timer.load_state_dict(timer_state)
+            trainer.load_state_dict({"iteration": done, "epoch_length": 4, "max_epochs": 1})
+        if iterations < 4 - done:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=iterations), lambda engine: engine.terminate())
+        trainer.run([0] * 4, max_epochs=1)
+        return timer.state_dict()
+
+    first = epoch(None, 2, 0)
+    assert first["seconds"] >= 0.04
+    assert epoch(first, 4, 2)["seconds"] >= first["seconds"] + 0.04
+
+
+# --- Averaging ----------------------------------------------------------------------------------------------------
+
+
+def test_ema_averages_weights_and_statistics_and_shares_no_memory():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = sgd(model.parameters())
+    trainer = create_trainer(model, optimizer, nn.functional.mse_loss)
+    average = handlers.attach_ema(trainer, model, 0.75)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda: [
+            value.mul_(0.75).add_(model.state_dict()[key], alpha=0.25)
+            for key, value in expected.items()
+            if value.is_floating_point()
+        ],
+    )
+    trainer.run([(torch.randn(8, 3), torch.randn(8, 4)) for _ in range(5)])
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value, expected[key], atol=1e-6), key
+            assert not torch.equal(value, model.state_dict()[key]), key
+            assert value.data_ptr() != model.state_dict()[key].data_ptr(), key
+    assert not average.training
+
+
+# --- Saving -------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """An object with a state; counts how often it was saved."""
+
+    def __init__(self):
+        self.saves = 0
+
+    def state_dict(self):
+        self.saves += 1
+        return {"saves": self.saves}
+
+
+def broken_disk(monkeypatch, fails):
+    """torch.save fails whenever `fails` says so."""
+    original = checkpoints.torch.save
+
+    def save(*arguments):
+        if fails():
+            raise OSError(28, "No space left on device")
+        original(*arguments)
+
+    monkeypatch.setattr(checkpoints.torch, "save", save)
+
+
+def test_a_failed_best_model_neither_loses_the_old_one_nor_stops_later_ones(tmp_path, monkeypatch, caplog):
+    """Ignite's Checkpoint removes the old file first, notes the new one as saved, and refuses what is less good."""
+    disk = {"full": False}
+    broken_disk(monkeypatch, lambda: disk["full"])
+    record, trainer = RunRecord("run", {}, []), Engine(lambda *_: None)
+    saver = handlers.PatientSaver(tmp_path, 3)
+    handlers.attach_best_model(trainer, nn.Linear(1, 1), record, saver, lambda: None, selected=True)
+    seen = []
+    for epoch, (accuracy, full) in enumerate([(0.3, False), (0.9, True), (0.5, False)], start=1):
+        disk["full"] = full
+        record.history.append({"epoch": epoch, "val_acc": accuracy})
+        trainer.state.epoch = epoch
+        trainer.fire_event(Events.EPOCH_COMPLETED)
+        seen.append([path.name for path in tmp_path.iterdir()])
+    assert seen == [["best_epoch_0001.pth"], ["best_epoch_0001.pth"], ["best_epoch_0003.pth"]]
+    assert "cannot write a checkpoint" in caplog.text
+    assert "No space left" in caplog.text
+    assert "GB free" in caplog.text
+
+
+def test_so_many_failed_saves_in_a_row_end_the_run(tmp_path, monkeypatch):
+    attempts = []
+    broken_disk(monkeypatch, lambda: attempts.append(0) or len(attempts) not in (1, 4))
+    trainer = Engine(lambda *_: None)
+    saver = handlers.PatientSaver(tmp_path, 2)
+    state = {"counter": Counter(), "other": Counter()}
+    handlers.attach_checkpoints(trainer, state, saver, 1000, math.inf, lambda: None)
+    # The first and the fourth save succeed, so the run ends with the third failure after the fourth.
+    with pytest.raises(RunFailedError, match=r"cannot write a checkpoint into .*No space left.*, 3 in a row"):
+        trainer.run([0, 0], max_epochs=20)
+    assert trainer.state.epoch == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest_000000002.pt", "latest_000000008.pt"]
+
+
+def test_a_checkpoint_that_somebody_deleted_is_not_missed(tmp_path):
+    trainer = Engine(lambda *_: None)
+    state = {"counter": Counter(), "other": Counter()}
+    handlers.attach_checkpoints(trainer, state, handlers.PatientSaver(tmp_path, 0), 1000, math.inf, lambda: None)
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda: [path.unlink() for path in tmp_path.iterdir()])
+    trainer.run([0], max_epochs=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest_000000005.pt"]
+
+
+def test_states_are_saved_within_an_epoch_when_they_are_due(tmp_path):
+    trainer = Engine(lambda *_: None)
+    counter, checked = Counter(), []
+    saver = handlers.PatientSaver(tmp_path, 0)
+    handlers.attach_checkpoints(trainer, {"a": counter, "b": Counter()}, saver, 1000, 0, lambda: checked.append(1))
+    trainer.run([0] * 5, max_epochs=2)
+    assert counter.saves == 12  # each iteration and each end of an epoch
+    assert len(checked) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest_000000009.pt", "latest_000000010.pt"]
+
+
+def test_an_unfit_state_is_not_saved(tmp_path):
+    def check():
+        raise handlers.NonFiniteError("bad")
+
+    trainer = Engine(lambda *_: None)
+    save = handlers.attach_checkpoints(
+        trainer, {"a": Counter(), "b": Counter()}, handlers.PatientSaver(tmp_path, 9), 1, math.inf, check
+    )
+    with pytest.raises(handlers.NonFiniteError):
+        save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_seconds_are_written_as_people_read_them():
-    assert handlers.format_seconds(3725.4) == "1:02:05"
-    assert handlers.format_seconds(0.2) == "0:00:00"
+    assert format_seconds(3725.4) == "1:02:05"
+    assert format_seconds(0.2) == "0:00:00"

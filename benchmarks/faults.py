@@ -1,0 +1,219 @@
+"""Kill training at random moments, resume it until it is done, and compare it with a run that was left alone.
+
+    python -m benchmarks.faults --runs 200
+
+Each run trains a tiny model on embedded data in a process of its own, which is sent SIGKILL, SIGTERM or SIGINT one to
+four times: at a random moment, or while a checkpoint is being written. Then it is resumed to its end, and its weights,
+averaged weights, momenta, counters, metrics and best model are compared bit for bit with the uninterrupted run. With
+--config and --set, any other training is put to the same test.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from cifar_ignite.__main__ import main as cifar_ignite
+from cifar_ignite.checkpoints import load_checkpoint
+
+TINY = {
+    "experiment": "faults",
+    "data.source": "synthetic",
+    "data.synthetic.train_size": 250,
+    "data.validation": 50,
+    "data.batch_size": 16,
+    "model.name": "hybrid_resnet",
+    "model.width": 2,
+    "train.epochs": 3,
+    "train.ema_decay": 0.9,
+    "train.patience": 4,
+    "train.checkpoint_every": 2,
+    "train.save_every_seconds": 0.2,
+}
+# What a process may end with: done, by the signal before training began, or by the flag that the signal sets.
+ENDINGS = {signal.SIGKILL: {-9}, signal.SIGTERM: {0, -15, 143}, signal.SIGINT: {0, 130}}
+TIMES = ["seconds", "images_per_second"]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two run folders, times left aside: names of tensors, counters, columns, files."""
+    found: list[str] = []
+    for pattern in ("latest_*.pt", "best_*.pth"):
+        files = [max((run / "checkpoints").glob(pattern)) for run in (one, other)]
+        states = [load_checkpoint(file) for file in files]
+        for state in states:
+            state.pop("timer", None)
+            state["history"] = [without_times(row) for row in state.pop("record").history]
+        if files[0].name != files[1].name:
+            found.append(f"{files[0].name} is {files[1].name}")
+        found += compare(states[0], states[1], pattern)
+    tables = [pd.read_csv(run / "logs" / "metrics.csv").drop(columns=TIMES) for run in (one, other)]
+    if not tables[0].equals(tables[1]):
+        found.append("metrics.csv")
+    names = [
+        sorted(path.name for path in (run / "checkpoints").iterdir() if path.name[:6] != "latest")
+        for run in (one, other)
+    ]
+    if names[0] != names[1]:
+        found.append(f"files {names[0]} are {names[1]}")
+    return found
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+def compare(one: Any, other: Any, where: str) -> list[str]:
+    """Places at which two trees of dicts, lists, tensors and numbers differ in any bit."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in compare(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            place for i, pair in enumerate(zip(one, other, strict=True)) for place in compare(*pair, f"{where}/{i}")
+        ]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [where]
+    return [] if one == other else [where]
+
+
+def start(arguments: list[str], log: Path) -> int:
+    """Run one command in a forked process; returns its number. Forked, because importing torch takes seconds."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = cifar_ignite(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        os._exit(status)
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """The exit status (negative: the signal), or None if the process still runs after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)
+
+
+def is_saving(pid: int, folder: Path) -> bool:
+    return any(folder.glob(f"training_runs/*/checkpoints/.*.{pid}.tmp"))
+
+
+def kill(pid: int, rng: random.Random, longest: float, outputs: Path) -> tuple[str, int]:
+    """Wait for a random time, in half of the cases also for a save, and send a random signal.
+
+    Returns:
+        What was sent and when, and the exit status.
+    """
+    status = wait(pid, rng.uniform(0, longest))
+    during_save, ends = rng.random() < 0.5, time.monotonic() + longest
+    while status is None and during_save and not is_saving(pid, outputs) and time.monotonic() < ends:
+        status = wait(pid, 0)
+    if status is not None:
+        return "finished", status
+    signum = rng.choice(list(ENDINGS))
+    told = f"{signal.Signals(signum).name}{' in a save' if is_saving(pid, outputs) else ''}"
+    os.kill(pid, signum)
+    status = wait(pid, 600)
+    if status not in ENDINGS[signum]:
+        raise RuntimeError(f"{told} ended with status {status}")
+    return told, status
+
+
+def harass(arguments: list[str], outputs: Path, rng: random.Random, longest: float) -> tuple[list[str], Path]:
+    """Train with interruptions until done; returns what was sent, and the run folder."""
+    arguments = [*arguments, "--set", f"output_dir={outputs}"]
+    sent: list[str] = []
+    for attempt in range(rng.randint(1, 4) + 1):
+        known = any(outputs.glob("training_runs/*/config.json"))
+        pid = start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log"))
+        told, status = kill(pid, rng, longest, outputs)
+        if told != "finished":
+            sent.append(f"{told} ({status})")
+        elif status:
+            raise RuntimeError(f"attempt {attempt} ended with status {status}; see {outputs.with_suffix('.log')}")
+    known = any(outputs.glob("training_runs/*/config.json"))
+    last = wait(start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log")), 3600)
+    if last:
+        raise RuntimeError(f"the last attempt ended with status {last}; see {outputs.with_suffix('.log')}")
+    (run_dir,) = (path.parent for path in outputs.glob("training_runs/*/config.json"))
+    return sent, run_dir
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=int, default=12, help="runs to harass (default: 12)")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no run after so long (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
+    parser.add_argument("--config", type=Path, help="another training than the tiny one")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        (scratch / "tiny.json").write_text("{}")
+        overrides = options.set if options.config else [f"{k}={v}" for k, v in TINY.items()] + options.set
+        arguments = ["train", "--config", str(options.config or scratch / "tiny.json")]
+        arguments += [word for override in overrides for word in ("--set", override)]
+        began = time.monotonic()
+        status = wait(start([*arguments, "--set", f"output_dir={scratch / 'alone'}"], scratch / "alone.log"), 3600)
+        if status:
+            print((scratch / "alone.log").read_text(), file=sys.stderr)
+            return 1
+        longest = time.monotonic() - began
+        (alone,) = (scratch / "alone" / "training_runs").iterdir()
+        print(f"uninterrupted: {longest:.1f} s")
+
+        def one(number: int) -> bool | None:
+            if time.monotonic() - began > 60 * options.minutes:
+                return None
+            rng = random.Random(f"{options.seed}/{number}")
+            outputs = scratch / f"run{number}"
+            try:
+                sent, run_dir = harass(arguments, outputs, rng, longest)
+                differing = differences(alone, run_dir)
+            except RuntimeError as error:
+                sent, differing = [str(error)], ["no end"]
+            verdict = "identical" if not differing else f"DIFFERS in {', '.join(differing)}"
+            print(f"run {number:3}: {verdict:9}  {', '.join(sent) or 'was faster than the signals'}", flush=True)
+            if not differing:
+                shutil.rmtree(outputs)
+            return not differing
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results = [result for result in pool.map(one, range(1, options.runs + 1)) if result is not None]
+    took = time.monotonic() - began
+    print(f"{sum(results)} of {len(results)} runs bit-identical to the uninterrupted one ({took:.0f} s)")
+    return 0 if results and all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

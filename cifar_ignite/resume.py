@@ -1,0 +1,233 @@
+"""Finding the training state to continue from, and making sure that it belongs to the run that is asked for."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from ignite.metrics import Metric
+
+from cifar_ignite.checkpoints import load_checkpoint, newest
+from cifar_ignite.config import Config, InputError, flatten
+
+# What may differ between a run and its continuation: it changes where and how things run, not what is trained.
+FREE_TO_CHANGE = {
+    "experiment",
+    "output_dir",
+    "device",
+    "data.root",
+    "train.checkpoint_every",
+    "train.save_every_seconds",
+    "train.save_failures_allowed",
+    "train.log_every",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Resumed:
+    """A run to be continued.
+
+    Attributes:
+        run_dir: its folder; None for a state outside of any run folder, which continues in a new one.
+        path: the training state; None if the run was stopped before it saved one, and so begins again.
+        saved: what is in it.
+        changed: keys of the configuration that differ from the run's, with the old and the new value.
+    """
+
+    run_dir: Path | None
+    path: Path | None
+    saved: dict[str, Any]
+    changed: dict[str, tuple[Any, Any]]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.saved["record"].epoch if self.saved else 0
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether all epochs are done, or early stopping ended the run and no more epochs are asked for."""
+        patience, more = config.train.patience, "train.epochs" in self.changed
+        stopped = patience and self.saved and self.saved.get("early_stopping", {"counter": 0})["counter"] >= patience
+        return self.epoch >= config.train.epochs or bool(stopped and not more)
+
+    def check_length(self, epoch_length: int, allow_changes: bool) -> None:
+        """Refuse a state whose epochs have another number of iterations: the data or the batch size is another.
+
+        Where changes are allowed, the state goes back to the end of its last whole epoch.
+        """
+        if not self.saved or self.saved["trainer"]["epoch_length"] == epoch_length:
+            return
+        if not allow_changes:
+            then = self.saved["trainer"]["epoch_length"]
+            raise InputError(
+                f"{self.path}: an epoch had {then} iterations and now has {epoch_length}: "
+                "the data is not what the run was trained on"
+            )
+        self.saved["trainer"] |= {"epoch_length": epoch_length, "iteration": self.epoch * epoch_length}
+
+    def load_into(self, state: dict[str, Any], max_epochs: int) -> None:
+        """Give each object of a run its saved state.
+
+        Hyperparameters are those of the configuration: of the optimizer, only its momenta are taken over.
+
+        Raises:
+            InputError: the state does not fit the objects.
+        """
+        if not self.saved:
+            return
+        saved = {"ema": self.saved["model"], **self.saved, "record": self.saved["record"].state_dict()}
+        saved["trainer"] = saved["trainer"] | {"max_epochs": max_epochs}
+        groups = state["optimizer"].state_dict()["param_groups"]
+        saved["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
+        try:
+            Checkpoint.load_objects({key: thing for key, thing in state.items() if key in saved}, saved)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.path}: does not fit the configured run: {reason}") from None
+
+    def finish_epoch(self, trainer: Engine, metrics: dict[str, Metric]) -> None:
+        """Go on within the epoch in which the run was stopped.
+
+        The metrics gathered so far are put back once Ignite has reset them for the epoch. If the run was stopped
+        after the last iteration but before the end of the epoch, all that is due at that end is done first.
+        """
+        epoch_length = trainer.state.epoch_length or 1
+        if not self.saved or trainer.state.iteration == self.epoch * epoch_length:
+            return
+
+        def restore() -> None:
+            for name, metric in metrics.items():
+                metric.load_state_dict(self.saved["metrics"][name])
+
+        if trainer.state.iteration % epoch_length:
+            trainer.add_event_handler(Events.EPOCH_STARTED(once=self.epoch + 1), restore)
+        else:
+            restore()
+            trainer.fire_event(Events.EPOCH_COMPLETED)
+
+    def describe(self, config: Config) -> str:
+        """What is continued, and how it differs."""
+        if not self.saved:
+            return f"{self.run_dir} has no checkpoint yet: it begins again"
+        line = f"resuming after epoch {self.epoch}, iteration {self.saved['trainer']['iteration']}, from {self.path}"
+        for key, (old, new) in self.changed.items():
+            line += f"\n  {_describe(key, old, new)}"
+        if "train.epochs" in self.changed:
+            line += f": from here on the learning rate is that of a run planned for {config.train.epochs} epochs"
+        return line
+
+
+def find_resumed(config: Config, resume: str, allow_changes: bool, device: torch.device) -> Resumed:
+    """The run that `--resume` means.
+
+    Args:
+        config: what is asked for.
+        resume: "latest" for the newest run of the experiment, whose newest whole state is taken; a run folder, whose
+            newest state is taken; or a training state. Only "latest" falls back from a damaged state to an older one.
+        allow_changes: whether the configuration may differ in what is trained; more epochs are always allowed.
+        device: where the state's tensors are put.
+
+    Raises:
+        InputError: there is none, it is no training state, or it belongs to another configuration.
+    """
+    path = Path(resume)
+    run_dir: Path | None
+    found: Path | None
+    if resume == "latest":
+        run_dir = newest_run(config.output_dir / "training_runs", config.experiment)
+        found, saved = _newest_whole(_states(run_dir), device)
+    elif path.is_dir():
+        run_dir = path
+        found = next(iter(_states(path)), None)
+        saved = _load_state(found, device) if found else {}
+    else:
+        found, saved = path, _load_state(path, device)
+        inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").exists()
+        run_dir = path.parent.parent if inside else None
+    changed = differences(saved["record"].config if saved else _read_config(run_dir), config)
+    longer = "train.epochs" in changed and config.train.epochs > (changed["train.epochs"][0] or 0)
+    if (refused := changed.keys() - ({"train.epochs"} if longer else set())) and not allow_changes:
+        told = ", ".join(_describe(key, *changed[key]) for key in sorted(refused))
+        raise InputError(
+            f"{found or run_dir}: cannot be resumed under another configuration: {told} "
+            "(--allow-changes takes it all the same)"
+        )
+    return Resumed(run_dir, found, saved, changed)
+
+
+def _describe(key: str, old: Any, new: Any) -> str:
+    return f"{key} was {json.dumps(old)}, now {json.dumps(new)}"
+
+
+def _read_config(run_dir: Path | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(((run_dir or Path()) / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{run_dir}: not a run folder: no training state and no configuration in it") from None
+
+
+def differences(then: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that change what is trained, with the value of a saved configuration and of this one."""
+    old, new = flatten(then), flatten(config.model_dump(mode="json"))
+    return {key: (old.get(key), new[key]) for key in new if key not in FREE_TO_CHANGE and old.get(key) != new[key]}
+
+
+def newest_run(runs: Path, experiment: str) -> Path:
+    """The run folder of an experiment in which something was written last.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = [
+        file
+        for run_config in runs.glob("*/config.json")
+        if _experiment(run_config.parent) == experiment
+        for file in [run_config, *_states(run_config.parent)]
+    ]
+    found = newest(files)
+    if found is None:
+        raise InputError(f"{runs}: no run of experiment {experiment!r} to resume; start one without RESUME")
+    return found.parent if found.name == "config.json" else found.parent.parent
+
+
+def _experiment(run_dir: Path) -> Any:
+    try:
+        return _read_config(run_dir).get("experiment")
+    except InputError:
+        return None
+
+
+def _states(run_dir: Path) -> list[Path]:
+    """Training states of a run, the newest first."""
+    files = [*(run_dir / "checkpoints").glob("latest_*.pt"), *(run_dir / "checkpoints").glob("epoch_*.pt")]
+    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def _newest_whole(states: list[Path], device: torch.device) -> tuple[Path | None, dict[str, Any]]:
+    """The first state that loads, telling of those that do not."""
+    for path in states:
+        try:
+            saved = _load_state(path, device)
+        except InputError as error:
+            logger.warning("%s; falling back to an older state", error)
+            continue
+        return path, saved
+    if states:
+        raise InputError(f"{states[0].parent}: none of the {len(states)} training states is whole")
+    return None, {}
+
+
+def _load_state(path: Path, device: torch.device) -> dict[str, Any]:
+    saved = load_checkpoint(path, device)
+    if missing := {"optimizer", "trainer", "timer", "metrics"} - saved.keys():
+        raise InputError(
+            f"{path}: not a training state (no {', '.join(sorted(missing))} in it); "
+            "resume from a latest_*.pt or an epoch_*.pt"
+        )
+    return saved
