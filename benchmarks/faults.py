@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+import cifar_ignite.train
 from cifar_ignite.__main__ import main as cifar_ignite
 from cifar_ignite.checkpoints import load_checkpoint
 

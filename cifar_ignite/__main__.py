@@ -32,6 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(2, error)
     except RunFailedError as error:
         return _fail(error.status, error)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        return _fail(
+            1,
+            f"torch and torchvision are no pair ({error}): install both by one command from one index, "
+            "pip install --force-reinstall torch torchvision",
+        )
     except KeyboardInterrupt:  # outside of training, which has its own way to stop
         return _fail(130, "interrupted")
     finally:

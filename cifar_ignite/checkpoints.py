@@ -193,7 +193,7 @@ def best_model_path(output_dir: Path, experiment: str, *, selected: bool) -> Pat
     )
 
 
-def publish_best(source: Path, record: RunRecord, target: Path) -> str:
+def publish_best(source: Path, target: Path) -> str:
     """Copy a run's best model to `target`, unless a better one, or one that cannot be compared, is there.
 
     Models compare when the same validation images judged them. Without validation the newest replaces.
@@ -201,6 +201,7 @@ def publish_best(source: Path, record: RunRecord, target: Path) -> str:
     Returns:
         One line that says whose model `target` holds now.
     """
+    record: RunRecord = load_checkpoint(source)["record"]
     if record.val_acc is not None and target.exists() and (other := _readable_record(target)):
         if not _same_validation(record, other):
             return f"{target} stays: other validation images judged it (--set experiment=NAME publishes elsewhere)"

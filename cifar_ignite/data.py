@@ -93,6 +93,8 @@ def download_cifar10(root: Path) -> None:
             download_and_extract_archive(CIFAR10.url, staging, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
             os.replace(Path(staging) / CIFAR10.base_folder, root / CIFAR10.base_folder)
     except (URLError, OSError, RuntimeError) as error:
+        if (root / CIFAR10.base_folder).is_dir():  # another process was faster
+            return
         if created:
             root.rmdir()
         raise InputError(f"{root}: no CIFAR-10 there, and it cannot be downloaded ({error}): {advice}") from None

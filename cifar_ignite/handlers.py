@@ -273,6 +273,10 @@ class PatientSaver:
     def __init__(self, folder: Path, allowed: int) -> None:
         self.folder, self.allowed, self.failures = folder, allowed, 0
 
+    def be_strict(self) -> None:
+        """Bear no failure from here on: what is saved now is the last chance."""
+        self.allowed = 0
+
     def __call__(self, checkpoint: Checkpoint, engine: Engine, then: Callable[[], Any] | None = None) -> None:
         """Save, and call `then` if there is a new file.
 
@@ -328,8 +332,11 @@ def attach_best_model(
         score_function=(lambda _: record.val_acc or 0.0) if selected else None,
         global_step_transform=lambda engine, _: engine.state.epoch,
     )
-    event = Events.EPOCH_COMPLETED if selected else Events.COMPLETED
-    trainer.add_event_handler(event, lambda engine: saver(best, engine, publish))
+    if selected:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: saver(best, engine, publish))
+    else:
+        trainer.add_event_handler(Events.COMPLETED, saver.be_strict)
+        trainer.add_event_handler(Events.COMPLETED, lambda engine: saver(best, engine, publish))
     return best
 
 

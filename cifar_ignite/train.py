@@ -109,7 +109,10 @@ def fit(
     target = best_model_path(config.output_dir, config.experiment, selected=evaluator is not None)
 
     def publish() -> str:
-        return publish_best(checkpoints / str(best.last_checkpoint), record, target)
+        try:
+            return publish_best(checkpoints / str(best.last_checkpoint), target)
+        except InputError as error:  # the run's own best file is gone
+            return f"nothing: {error}"
 
     best = handlers.attach_best_model(trainer, judged, record, saver, publish, selected=evaluator is not None)
     if evaluator:
@@ -135,11 +138,11 @@ def fit(
         done = record.epoch == options.epochs or trainer.should_terminate
         trainer.fire_event(Events.COMPLETED) if done else trainer.run(train_loader, max_epochs=options.epochs)
     except StopRequested:
-        saver.allowed = 0
+        saver.be_strict()
         save()
         raise Stopped(flag, record.epoch, trainer.state.iteration) from None
     if saver.failures:
-        saver.allowed = 0
+        saver.be_strict()
         save()
     log_end(record, run_dir, checkpoints / str(best.last_checkpoint), publish(), time.monotonic() - started)
 

@@ -140,6 +140,29 @@ def test_models_and_help(command):
         assert "usage: cifar_ignite" in out
 
 
+def test_a_torchvision_of_another_torch_is_explained(command, monkeypatch):
+    def mismatch():
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("cifar_ignite.models.describe_models", mismatch)
+    status, _, err = command("models")
+    assert status == 1
+    assert "torch and torchvision are no pair" in err
+    assert err.count("\n") == 1
+
+
+def test_without_links_the_model_is_copied(command, tiny_file, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("not supported")
+
+    command("train", "--config", tiny_file)
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    assert command("evaluate")[0] == 0
+    (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
+    assert not (folder / "model.pth").is_symlink()
+    assert load_checkpoint(folder / "model.pth")["record"].config["experiment"] == "tiny"
+
+
 def test_it_runs_as_a_module_without_make(tmp_path, tiny_file):
     """A real process: embedded data, a folder with a space and an umlaut in its name."""
     outputs = tmp_path / "Ausgänge 1"

@@ -21,3 +21,13 @@ def test_every_target_and_file_it_names_exists():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (REPOSITORY / path).exists(), path
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    sources = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
+    table = (REPOSITORY / "benchmarks" / "FAULTS.md").read_text()
+    named = re.findall(r"`([a-z]+(?:_[a-z0-9]+){2,}_?…?)`", table)
+    assert len(named) > 50
+    for name in named:
+        if not name.startswith(("save_", "train_", "test_")):
+            assert re.search(rf"def test_{name.rstrip('…')}", sources), name

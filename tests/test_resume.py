@@ -243,15 +243,18 @@ def test_no_whole_state_at_all(command, tiny_file, tmp_path):
     assert "none of the 3 training states is whole" in err
 
 
-def test_leftovers_of_a_killed_save_are_swept(command, tiny_file, tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_process_are_swept(command, tiny_file, tmp_path, monkeypatch, straight):
     signal_at(monkeypatch, 5, signal.SIGTERM)
     command("train", "--config", tiny_file, *overrides())
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     leftover = the_run(tmp_path) / "checkpoints" / ".latest_000000006.pt.4242.tmp"
     leftover.write_bytes(b"half")
+    with (the_run(tmp_path) / "logs" / "metrics.csv").open("a") as table:
+        table.write("2,1.9")  # half a row
     assert command("train", "--config", tiny_file, *overrides(), "--resume", "latest")[0] == 0
     assert not leftover.exists()
+    assert_same_training(straight, the_run(tmp_path))
 
 
 def test_a_state_outside_of_any_run_folder_continues_in_a_new_one(command, tiny_file, tmp_path, monkeypatch):
@@ -330,6 +333,58 @@ def test_checkpoints_that_can_no_longer_be_written_end_the_run_with_the_old_ones
     assert out.count("older ones are kept") == 2
     for path in (the_run(tmp_path) / "checkpoints").iterdir():
         assert load_checkpoint(path)
+
+
+def test_a_run_folder_that_somebody_removed_ends_the_run_in_one_line(command, tiny_file, tmp_path, monkeypatch):
+    original = handlers.attach_stop
+
+    def attach(trainer, evaluator, flag):
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=6), lambda: shutil.rmtree(the_run(tmp_path)))
+        original(trainer, evaluator, flag)
+
+    monkeypatch.setattr(handlers, "attach_stop", attach)
+    status, out, err = command("train", "--config", tiny_file, *overrides(**{"train.save_failures_allowed": 1}))
+    assert status == 1
+    assert "cannot write a checkpoint into" in err
+    assert err.count("\n") == 1
+    assert out.count("cannot write metrics.csv") == 1
+
+
+def test_a_best_model_that_somebody_deleted_is_told_at_the_end(command, tiny_file, tmp_path, monkeypatch):
+    original = handlers.attach_stop
+
+    def attach(trainer, evaluator, flag):
+        best = (the_run(tmp_path) / "checkpoints").glob("best_*.pth")
+        trainer.add_event_handler(Events.COMPLETED, lambda: [path.unlink() for path in best])
+        original(trainer, evaluator, flag)
+
+    monkeypatch.setattr(handlers, "attach_stop", attach)
+    status, out, err = command("train", "--config", tiny_file)
+    assert (status, err) == (0, "")
+    assert "published  nothing: " in out
+
+
+def test_the_end_tells_whose_the_published_model_is(command, tiny_file, tmp_path, monkeypatch):
+    """Also when the last epoch was not the best one."""
+    original = handlers.attach_history
+    accuracies: list[float] = []
+
+    def attach(trainer, evaluator, optimizer, record, *rest):
+        original(trainer, evaluator, optimizer, record, *rest)
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda: record.history[-1].update(val_acc=accuracies[record.epoch - 1])
+        )
+
+    monkeypatch.setattr(handlers, "attach_history", attach)
+    accuracies = [0.3, 0.5, 0.4, 0.2]
+    assert "tiny_best.pth is this run's" in command("train", "--config", tiny_file, *overrides())[1]
+    first = the_run(tmp_path).name
+    accuracies = [0.3, 0.4, 0.45, 0.2]
+    assert (
+        f"tiny_best.pth stays: run {first} reached 50.00%" in command("train", "--config", tiny_file, *overrides())[1]
+    )
+    best = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")["record"]
+    assert (best.run, best.epoch, best.val_acc) == (first, 2, 0.5)
 
 
 # --- Diverging ----------------------------------------------------------------------------------------------------
