@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 import cifar_ignite.train
-from cifar_ignite.__main__ import main as cifar_ignite
+from cifar_ignite.__main__ import main as run_command
 from cifar_ignite.checkpoints import load_checkpoint
 
 TINY = {
@@ -101,7 +101,7 @@ def start(arguments: list[str], log: Path) -> int:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = cifar_ignite(arguments)
+        status = run_command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
     except KeyboardInterrupt:
