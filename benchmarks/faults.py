@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-import cifar_ignite.train
+import cifar_ignite.train  # noqa: F401  loaded here once, not in each forked process
 from cifar_ignite.__main__ import main as run_command
 from cifar_ignite.checkpoints import load_checkpoint
 

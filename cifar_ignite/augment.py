@@ -11,6 +11,8 @@ Images are float (B, 3, H, W) in [0, 1] up to `normalize`, and zero-mean after i
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +69,14 @@ def to_float(images: Tensor) -> Tensor:
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(images - mean) / std, channel by channel."""
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    scale = torch.tensor(std, device=images.device)[:, None, None]
-    return images.sub(shift).div_(scale)
+    shift, scale = constant(mean, images.device), constant(std, images.device)
+    return images.sub(shift[:, None, None]).div_(scale[:, None, None])
+
+
+@lru_cache
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """A float tensor that is copied to the device once: each copy would wait for all that the device has to do."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 # --- Drawing ------------------------------------------------------------------------------------------------------
@@ -151,7 +158,7 @@ def perspective_matrices(corners: Tensor, size: int) -> Tensor:
     Returns:
         Float (B, 3, 3).
     """
-    square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], device=corners.device)
+    square = constant(((0, 0), (1, 0), (1, 1), (0, 1)), corners.device)
     # torchvision's convention: corners are indices of pixels, 0 and size - 1, the middle is size / 2.
     edge, middle = size - 1, size / 2
     inwards = 1 - 2 * square
@@ -167,7 +174,7 @@ def perspective_matrices(corners: Tensor, size: int) -> Tensor:
     quadrilateral_to_square = torch.stack(
         [torch.linalg.cross(second, third), torch.linalg.cross(third, first), torch.linalg.cross(first, second)], dim=-2
     )
-    square_to_image = torch.tensor([[edge, 0.0, -middle], [0.0, edge, -middle], [0.0, 0.0, 1.0]], device=corners.device)
+    square_to_image = constant(((edge, 0, -middle), (0, edge, -middle), (0, 0, 1)), corners.device)
     return square_to_image @ quadrilateral_to_square
 
 
@@ -180,7 +187,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
         [x.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x).expand(height, -1)], -1
     )
     seen = places.view(-1, 3) @ matrices.transpose(1, 2)
-    half = torch.tensor([width / 2, height / 2], device=images.device)
+    half = constant((width / 2, height / 2), images.device)
     grid = seen[..., :2] / seen[..., 2:] / half
     return F.grid_sample(images, grid.view(-1, height, width, 2), padding_mode="zeros", align_corners=False)
 
@@ -236,7 +243,7 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / scale, 4 + (red - green) / scale),
     )
     hue = hue + 6 * shifts[:, None, None]
-    sextants = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    sextants = constant((5, 3, 1), images.device)[:, None, None]
     distance = (sextants + hue[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(distance, 4 - distance).clamp_(0, 1)
 

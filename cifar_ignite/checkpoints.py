@@ -13,14 +13,18 @@ import shutil
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.handlers.checkpoint import BaseSaveHandler
+from pydantic import ConfigDict, JsonValue, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from typing_extensions import TypedDict
 
-from cifar_ignite.config import InputError
+from cifar_ignite.config import InputError, flatten
 
 FORMAT = 1
 TEMPORARY = ".tmp"
@@ -28,7 +32,20 @@ TEMPORARY = ".tmp"
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+class Row(TypedDict):
+    """One epoch: a row of metrics.csv."""
+
+    epoch: int
+    train_loss: float
+    train_acc: float
+    val_loss: float | None
+    val_acc: float | None
+    lr: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
 class RunRecord:
     """What a checkpoint tells about its run, besides weights.
 
@@ -41,9 +58,9 @@ class RunRecord:
     """
 
     run: str
-    config: dict[str, Any]
+    config: dict[str, JsonValue]
     class_names: list[str]
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -55,6 +72,12 @@ class RunRecord:
     def val_acc(self) -> float | None:
         """Validation accuracy in [0, 1] of the newest epoch; None without validation."""
         return self.history[-1]["val_acc"] if self.history else None
+
+    @property
+    def best(self) -> Row | None:
+        """The row of the highest validation accuracy, the first of equals; None without validation."""
+        judged = [row for row in self.history if row["val_acc"] is not None]
+        return max(judged, key=lambda row: row["val_acc"] or 0.0, default=None)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,10 +187,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise InputError(f"{path}: damaged checkpoint: {type(error).__name__}") from None
     if not isinstance(checkpoint, dict) or not {"model", "record"} <= checkpoint.keys():
         raise InputError(f"{path}: not a checkpoint of cifar_ignite (no model and record in it)")
+    for name in {"model", "ema"} & checkpoint.keys():
+        weights = checkpoint[name]
+        if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+            raise InputError(f"{path}: not a checkpoint of cifar_ignite ({name} is no state dict)")
     try:
         return checkpoint | {"record": RunRecord(**checkpoint["record"])}
-    except TypeError:
-        raise InputError(f"{path}: written by another version of cifar_ignite") from None
+    except (TypeError, ValidationError):
+        raise InputError(f"{path}: not a checkpoint of this version of cifar_ignite (its record is another)") from None
 
 
 def newest(paths: Iterable[Path]) -> Path | None:
@@ -222,5 +249,6 @@ def _readable_record(path: Path) -> RunRecord | None:
 
 
 def _same_validation(one: RunRecord, other: RunRecord) -> bool:
-    keys = ("source", "validation", "split_seed", "synthetic")
-    return all(one.config["data"].get(key) == other.config["data"].get(key) for key in keys)
+    data, other_data = flatten(one.config), flatten(other.config)
+    keys = [key for key in data if key.startswith(("data.source", "data.validation", "data.split", "data.synthetic"))]
+    return all(data[key] == other_data.get(key) for key in keys)

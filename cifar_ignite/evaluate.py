@@ -109,7 +109,7 @@ def load_model(config: Config, weights: dict[str, Tensor], path: Path) -> nn.Mod
     model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
     try:
         model.load_state_dict(weights)
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"{path}: its weights are not those of a {config.model.name} as configured") from None
     return model
 

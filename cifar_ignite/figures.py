@@ -1,5 +1,6 @@
 """Pictures, drawn without a display."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 TRAIN, VAL = "tab:blue", "tab:orange"
 
 
-def draw_history(history: list[dict[str, Any]], folder: Path) -> None:
+def draw_history(history: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """loss.png, accuracy.png and learning_rate.png of the rows of metrics.csv, into `folder`."""
     table = pd.DataFrame(history).astype(float)
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from cifar_ignite.checkpoints import DurableSaver, RunRecord
+from cifar_ignite.checkpoints import DurableSaver, Row, RunRecord
 from cifar_ignite.config import InputError, RunFailedError, ScheduleConfig
 from cifar_ignite.engines import LossFn, TrainingEvents
 from cifar_ignite.loader import EvalLoader
@@ -233,7 +233,7 @@ def attach_history(
 
     def append(engine: Engine) -> None:
         val = evaluator.state.metrics if evaluator else {"loss": None, "accuracy": None}
-        row = {
+        row: Row = {
             "epoch": engine.state.epoch,
             "train_loss": engine.state.metrics["loss"],
             "train_acc": engine.state.metrics["accuracy"],

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 from torch.optim import Optimizer
 
-from cifar_ignite.checkpoints import RunRecord, replacing
+from cifar_ignite.checkpoints import Row, RunRecord, replacing
 from cifar_ignite.figures import draw_history
 
 PLAIN_LINE_SECONDS = 60
@@ -134,7 +134,7 @@ def attach_reports(trainer: Engine, record: RunRecord, logs: Path, figures_every
 def _epoch_line(record: RunRecord, epochs: int, started: float, first_epoch: int) -> str:
     row, epoch, val = record.history[-1], record.epoch, ""
     if row["val_acc"] is not None:
-        best = " (best)" if row is max(record.history, key=lambda row: row["val_acc"]) else ""
+        best = " (best)" if row is record.best else ""
         val = f"  val loss {row['val_loss']:.3f} acc {row['val_acc']:.2%}{best}"
     left = format_seconds((time.monotonic() - started) / max(1, epoch - first_epoch) * (epochs - epoch))
     return (
@@ -143,7 +143,7 @@ def _epoch_line(record: RunRecord, epochs: int, started: float, first_epoch: int
     )
 
 
-def write_history(history: list[dict[str, Any]], path: Path) -> None:
+def write_history(history: list[Row], path: Path) -> None:
     """metrics.csv, whole at any moment."""
     with replacing(path) as temporary:
         pd.DataFrame(history).to_csv(temporary, index=False)
@@ -156,24 +156,22 @@ class _Board:
     queue is full. Its EventsWriter writes at once, and raises here.
     """
 
-    TAGS = ("train_loss", "train_acc", "val_loss", "val_acc", "lr", "images_per_second")
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._writer: Any = None
         self._written = 0
 
-    def write(self, history: list[dict[str, Any]]) -> None:
+    def write(self, history: list[Row]) -> None:
         """Append the rows that are not there yet; the first time, begin a new file with all of them."""
         if self._writer is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self._writer = EventsWriter(str(self.folder / "events"))
         for row in history[self._written :]:
-            for tag in self.TAGS:
-                if row[tag] is not None:
-                    name = tag.replace("_", "/", 1) if tag.startswith(("train", "val")) else tag
-                    event = Event(step=row["epoch"], wall_time=time.time(), summary=scalar(name, row[tag]))
+            for column, value in row.items():
+                if column != "epoch" and value is not None:
+                    tag = column.replace("_", "/", 1) if column.startswith(("train", "val")) else column
+                    event = Event(step=row["epoch"], wall_time=time.time(), summary=scalar(tag, value))
                     self._writer.write_event(event)
             self._written += 1
         self._writer.flush()

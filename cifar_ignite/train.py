@@ -254,9 +254,8 @@ def log_start(
 def log_end(record: RunRecord, run_dir: Path, best_path: Path, published: str, seconds: float) -> None:
     """What came out, and where everything lies."""
     logger.info("done after epoch %d, in %s", record.epoch, format_seconds(seconds))
-    if record.val_acc is not None:
-        row = max(record.history, key=lambda row: row["val_acc"])
-        logger.info("best validation accuracy %.2f%% (epoch %d)", 100 * row["val_acc"], row["epoch"])
+    if row := record.best:
+        logger.info("best validation accuracy %.2f%% (epoch %d)", 100 * (row["val_acc"] or 0), row["epoch"])
     logger.info("model      %s", best_path)
     logger.info("published  %s", published)
     logger.info("logs       %s (training.log, metrics.csv, tensorboard, figures)", run_dir / "logs")

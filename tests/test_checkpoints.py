@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import row
 
 from cifar_ignite import checkpoints
 from cifar_ignite.checkpoints import DurableSaver, RunRecord, create_unique_dir, load_checkpoint, write_checkpoint
@@ -17,7 +18,7 @@ from cifar_ignite.config import Config, InputError
 def record(val_acc=0.5, run="2026", **data):
     tree = Config().model_dump(mode="json")
     tree["data"] |= data
-    return RunRecord(run, tree, ["a", "b"], [{"epoch": 3, "val_acc": val_acc}])
+    return RunRecord(run, tree, ["a", "b"], [row(3, val_acc)])
 
 
 def write(path, val_acc=0.5, run="2026", **data):
@@ -91,10 +92,19 @@ def test_hostile_checkpoints_run_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({"weight": torch.zeros(1)}, "not a checkpoint of cifar_ignite"),
-        ([1, 2], "not a checkpoint of cifar_ignite"),
-        ({"model": {}, "record": {"other": 1}}, "another version"),
-        ({"model": {}, "record": [1]}, "another version"),
+        ({"weight": torch.zeros(1)}, "no model and record in it"),
+        ([1, 2], "no model and record in it"),
+        ({"model": [1], "record": {}}, "model is no state dict"),
+        ({"model": {"weight": 1}, "record": {}}, "model is no state dict"),
+        ({"model": {}, "record": {"other": 1}}, "its record is another"),
+        ({"model": {}, "record": [1]}, "its record is another"),
+        ({"model": {}, "record": record().state_dict() | {"history": 1}}, "its record is another"),
+        ({"model": {}, "record": record().state_dict() | {"history": [{"epoch": 1}]}}, "its record is another"),
+        ({"model": {}, "record": record().state_dict() | {"config": 3}}, "its record is another"),
+        (
+            {"model": {}, "record": record().state_dict() | {"config": {"seed": torch.zeros(1)}}},
+            "its record is another",
+        ),
     ],
 )
 def test_foreign_checkpoints_are_named(tmp_path, contents, message):
@@ -206,3 +216,10 @@ def test_only_old_leftovers_of_killed_processes_are_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".new.pth.2.tmp", "best.pth"]
     checkpoints.sweep_temporaries(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best.pth"]
+
+
+def test_the_best_row_is_the_first_of_the_highest():
+    history = [row(1, 0.3), row(2, 0.5), row(3, 0.5)]
+    assert RunRecord("r", {}, [], history).best["epoch"] == 2
+    assert RunRecord("r", {}, [], [row(1, None)]).best is None
+    assert RunRecord("r", {}, []).best is None

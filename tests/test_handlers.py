@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from conftest import row
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -166,7 +167,7 @@ def scored(scores, attach):
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def append(engine):
-        record.history.append({"epoch": engine.state.epoch, "val_acc": scores[engine.state.epoch - 1]})
+        record.history.append(row(engine.state.epoch, scores[engine.state.epoch - 1]))
 
     attached = attach(trainer, record)
     trainer.run([0], max_epochs=len(scores))
@@ -187,7 +188,7 @@ def test_early_stopping_survives_many_runs_of_the_evaluator():
     @trainer.on(Events.EPOCH_COMPLETED)
     def validate(engine):
         evaluator.run([0])
-        record.history.append({"epoch": engine.state.epoch, "val_acc": 0.5})
+        record.history.append(row(engine.state.epoch, 0.5))
 
     handlers.attach_early_stopping(trainer, record, 2)
     trainer.run([0], max_epochs=10)
@@ -230,10 +231,10 @@ def test_the_history_has_a_row_an_epoch():
     trainer.run([0, 0], max_epochs=3)
     assert [row["epoch"] for row in record.history] == [1, 2, 3]
     assert [row["train_loss"] for row in record.history] == [1, 1 / 2, 1 / 3]
-    for row in record.history:
-        assert row["val_acc"] is None
+    for one in record.history:
+        assert one["val_acc"] is None
         assert row["seconds"] >= 0.02
-        assert row["images_per_second"] * row["seconds"] == pytest.approx(500)
+        assert one["images_per_second"] * one["seconds"] == pytest.approx(500)
 
 
 def test_the_timer_adds_up_what_several_processes_spent_on_an_epoch():
@@ -316,7 +317,7 @@ def test_a_failed_best_model_neither_loses_the_old_one_nor_stops_later_ones(tmp_
     seen = []
     for epoch, (accuracy, full) in enumerate([(0.3, False), (0.9, True), (0.5, False)], start=1):
         disk["full"] = full
-        record.history.append({"epoch": epoch, "val_acc": accuracy})
+        record.history.append(row(epoch, accuracy))
         trainer.state.epoch = epoch
         trainer.fire_event(Events.EPOCH_COMPLETED)
         seen.append([path.name for path in tmp_path.iterdir()])
