@@ -33,19 +33,20 @@ help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
 
 demo: $(environment) ## Set up, train and evaluate on the embedded data: no download, a few minutes
-	$(run) -m cifar_ignite train --config configs/demo.json$(call set,OUTPUT_DIR,output_dir)
-	$(run) -m cifar_ignite evaluate --model demo$(call set,OUTPUT_DIR,output_dir)
+	$(run) -m cifar_ignite train --config configs/demo.json$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
+	$(run) -m cifar_ignite evaluate --model demo$(overrides)
 
 train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH
 	$(run) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
 evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE=
-	$(run) -m cifar_ignite evaluate$(if $(value MODEL), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)$(call option,TEST_FILE,test-file)$(overrides)
+	$(run) -m cifar_ignite evaluate$(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)$(call option,TEST_FILE,test-file)$(overrides)
 
 models: $(environment) ## List the models with their parameters and multiply-adds
 	@$(run) -m cifar_ignite models
 
 test: $(environment) ## Run the tests
+	@$(run) -c 'import pytest' || { echo "the active environment lacks the tools: pip install -e '.[dev]'" >&2; exit 2; }
 	$(run) -m pytest
 
 lint: $(environment) ## Check style and types (ruff, mypy)
@@ -65,6 +66,6 @@ install: $(environment) ## Build .venv (done by the other targets when needed): 
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "cifar_ignite needs Python 3.10 or newer; name one: make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(if $(value TORCH_INDEX),.venv/bin/python -m pip install --quiet --index-url $(call quote,TORCH_INDEX) torch torchvision)
+	$(if $(value TORCH_INDEX),.venv/bin/python -m pip install --quiet --index-url '$(call escape,$(value TORCH_INDEX))' torch torchvision)
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@

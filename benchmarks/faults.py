@@ -42,7 +42,7 @@ TINY = {
     "train.save_every_seconds": 0.2,
 }
 # What a process may end with: done, by the signal before training began, or by the flag that the signal sets.
-ENDINGS = {signal.SIGKILL: {-9}, signal.SIGTERM: {0, -15, 143}, signal.SIGINT: {0, 130}}
+ENDINGS = {signal.SIGKILL: {0, -9}, signal.SIGTERM: {0, -15, 143}, signal.SIGINT: {0, 130}}
 TIMES = ["seconds", "images_per_second"]
 
 
@@ -87,8 +87,11 @@ def compare(one: Any, other: Any, where: str) -> list[str]:
     return [] if one == other else [where]
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """Run one command in a forked process; returns its number. Forked, because importing torch takes seconds."""
+def start(arguments: list[str], log: Path, threads: int = 1) -> int:
+    """Run one command in a forked process; returns its number. Forked, because importing torch takes seconds.
+
+    OpenMP's threads do not survive a fork: this process must not have started any, so it computes with one alone.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -101,6 +104,7 @@ def start(arguments: list[str], log: Path) -> int:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(threads)
         status = run_command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -147,20 +151,24 @@ def kill(pid: int, rng: random.Random, longest: float, outputs: Path) -> tuple[s
     return told, status
 
 
-def harass(arguments: list[str], outputs: Path, rng: random.Random, longest: float) -> tuple[list[str], Path]:
+def harass(
+    arguments: list[str], outputs: Path, rng: random.Random, longest: float, threads: int
+) -> tuple[list[str], Path]:
     """Train with interruptions until done; returns what was sent, and the run folder."""
     arguments = [*arguments, "--set", f"output_dir={outputs}"]
     sent: list[str] = []
     for attempt in range(rng.randint(1, 4) + 1):
         known = any(outputs.glob("training_runs/*/config.json"))
-        pid = start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log"))
+        pid = start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log"), threads)
         told, status = kill(pid, rng, longest, outputs)
         if told != "finished":
             sent.append(f"{told} ({status})")
         elif status:
             raise RuntimeError(f"attempt {attempt} ended with status {status}; see {outputs.with_suffix('.log')}")
     known = any(outputs.glob("training_runs/*/config.json"))
-    last = wait(start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log")), 3600)
+    last = wait(
+        start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log"), threads), 3600
+    )
     if last:
         raise RuntimeError(f"the last attempt ended with status {last}; see {outputs.with_suffix('.log')}")
     (run_dir,) = (path.parent for path in outputs.glob("training_runs/*/config.json"))
@@ -177,7 +185,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="another training than the tiny one")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "tiny.json").write_text("{}")
@@ -185,7 +193,10 @@ def main() -> int:
         arguments = ["train", "--config", str(options.config or scratch / "tiny.json")]
         arguments += [word for override in overrides for word in ("--set", override)]
         began = time.monotonic()
-        status = wait(start([*arguments, "--set", f"output_dir={scratch / 'alone'}"], scratch / "alone.log"), 3600)
+        status = wait(
+            start([*arguments, "--set", f"output_dir={scratch / 'alone'}"], scratch / "alone.log", options.threads),
+            3600,
+        )
         if status:
             print((scratch / "alone.log").read_text(), file=sys.stderr)
             return 1
@@ -199,10 +210,10 @@ def main() -> int:
             rng = random.Random(f"{options.seed}/{number}")
             outputs = scratch / f"run{number}"
             try:
-                sent, run_dir = harass(arguments, outputs, rng, longest)
+                sent, run_dir = harass(arguments, outputs, rng, longest, options.threads)
                 while not sent:  # done before the signal came
                     shutil.rmtree(outputs)
-                    sent, run_dir = harass(arguments, outputs, rng, longest)
+                    sent, run_dir = harass(arguments, outputs, rng, longest, options.threads)
                 differing = differences(alone, run_dir)
             except RuntimeError as error:
                 sent, differing = [str(error)], ["no end"]

@@ -80,7 +80,7 @@ def create_parser() -> argparse.ArgumentParser:
         help="continue the newest run of the experiment, a run folder, or a training state (checkpoints/*.pt)",
     )
     command.add_argument(
-        "--allow-changes", action="store_true", help="resume also under a configuration that changes what is trained"
+        "--allow-changes", action="store_true", help="resume under the configuration given now, whatever it changes"
     )
     _add_overrides(command)
     command.set_defaults(command=_train)
@@ -117,7 +117,7 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from cifar_ignite.train import train
 
-    train(config, options.resume, options.allow_changes)
+    train(config, options.resume, options.overrides, options.allow_changes)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ignite.handlers.checkpoint import BaseSaveHandler
@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 
 from cifar_ignite.config import InputError, flatten
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 TEMPORARY = ".tmp"
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class RunRecord:
     config: dict[str, JsonValue]
     class_names: list[str]
     history: list[Row] = field(default_factory=list)
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
 
     @property
     def epoch(self) -> int:
@@ -189,7 +189,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise InputError(f"{path}: not a checkpoint of cifar_ignite (no model and record in it)")
     for name in {"model", "ema"} & checkpoint.keys():
         weights = checkpoint[name]
-        if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        pairs = weights.items() if isinstance(weights, dict) else [(None, None)]
+        if not all(isinstance(key, str) and isinstance(weight, Tensor) for key, weight in pairs):
             raise InputError(f"{path}: not a checkpoint of cifar_ignite ({name} is no state dict)")
     try:
         return checkpoint | {"record": RunRecord(**checkpoint["record"])}
@@ -249,6 +250,8 @@ def _readable_record(path: Path) -> RunRecord | None:
 
 
 def _same_validation(one: RunRecord, other: RunRecord) -> bool:
-    data, other_data = flatten(one.config), flatten(other.config)
-    keys = [key for key in data if key.startswith(("data.source", "data.validation", "data.split", "data.synthetic"))]
-    return all(data[key] == other_data.get(key) for key in keys)
+    ours, theirs = flatten(one.config), flatten(other.config)
+    keys = ["data.source", "data.validation", "data.split_seed"]
+    if ours["data.source"] == "synthetic":
+        keys += [key for key in ours if key.startswith("data.synthetic.")]
+    return all(ours[key] == theirs.get(key) for key in keys)

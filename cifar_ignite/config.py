@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 Channels = tuple[float, float, float]
 
 
@@ -41,17 +43,17 @@ class SyntheticConfig(Section):
 
     train_size: Count = 50_000
     test_size: Count = 10_000
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class DataConfig(Section):
     """What is read and how it is cut into batches."""
 
     source: Literal["cifar10", "synthetic"] = "cifar10"
-    root: Path = Path("data")
+    root: Folder = Path("data")
     batch_size: Count = 128
     validation: int = Field(5_000, ge=0)
-    split_seed: int = Field(0, ge=0)
+    split_seed: Seed = 0
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -63,7 +65,7 @@ class AugmentConfig(Section):
     crop_mode: Literal["constant", "reflect"] = "reflect"
     rotation_degrees: float = Field(15.0, ge=0, le=180)
     perspective_p: Probability = 0.5
-    perspective_distortion: float = Field(0.2, ge=0, lt=1)
+    perspective_distortion: float = Field(0.2, ge=0, le=0.6)  # beyond, corners may meet
     brightness: float = Field(0.3, ge=0, le=1)
     contrast: float = Field(0.3, ge=0, le=1)
     saturation: float = Field(0.3, ge=0, le=1)
@@ -136,9 +138,9 @@ class TrainConfig(Section):
 class Config(Section):
     """One complete run."""
 
-    seed: int = Field(0, ge=0)
-    experiment: str = Field("se", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output_dir: Path = Path("outputs")
+    seed: Seed = 0
+    experiment: str = Field("se", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    output_dir: Folder = Path("outputs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -168,7 +170,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         tree = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except InputError as error:
+    except (InputError, ValueError) as error:  # a key given twice; a number of more digits than Python reads
         raise InputError(f"{path}: {error}") from None
     return parse_config(tree, str(path), overrides)
 
@@ -224,7 +226,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[key] = text
     # A folder named 2026 is still a name; everything else is JSON.
     if _type_of(section, key) not in (str, Path):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError):
             tree[key] = json.loads(text)
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import tempfile
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import URLError
@@ -68,6 +69,8 @@ def read_cifar10(root: Path, *, train: bool) -> Images:
     if not folder.is_dir():
         download_cifar10(root)
     checksums = dict(CIFAR10.train_list if train else CIFAR10.test_list)
+    if missing := [name for name in checksums if not (folder / name).exists()]:
+        raise InputError(f"{folder / missing[0]}: no such file; remove {folder} to have CIFAR-10 downloaded anew")
     parts = [_read_labelled_batch(folder / name) for name in checksums]
     if strangers := [name for name, md5 in checksums.items() if _md5(folder / name) != md5]:
         logger.warning(
@@ -86,7 +89,7 @@ def download_cifar10(root: Path) -> None:
         f"put the official files into {root / CIFAR10.base_folder} (from {CIFAR10.url}), "
         "or train on the embedded dataset with DATA=synthetic (--set data.source=synthetic)"
     )
-    created = not root.exists()
+    created = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as staging:
@@ -95,8 +98,8 @@ def download_cifar10(root: Path) -> None:
     except (URLError, OSError, RuntimeError) as error:
         if (root / CIFAR10.base_folder).is_dir():  # another process was faster
             return
-        if created:
-            root.rmdir()
+        for folder in created:
+            folder.rmdir()
         raise InputError(f"{root}: no CIFAR-10 there, and it cannot be downloaded ({error}): {advice}") from None
 
 
@@ -114,8 +117,8 @@ def read_test_file(path: Path) -> Images:
     ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
     if not isinstance(ids, list | tuple) or len(ids) != len(images):
         raise InputError(f"{path}: 'ids' must hold one value an image ({len(images)})")
-    if not all(isinstance(value, int | str) for value in ids):
-        raise InputError(f"{path}: 'ids' must be numbers or strings")
+    if not all(isinstance(value, Integral | str) for value in ids):
+        raise InputError(f"{path}: 'ids' must be whole numbers or strings")
     return Images(images, None, list(ids), CIFAR10_CLASSES)
 
 
@@ -188,7 +191,7 @@ def _unpickle(path: Path) -> Any:
         with path.open("rb") as file:
             return _load_arrays(file)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; delete {path.parent} to have CIFAR-10 downloaded again") from None
+        raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror}") from None
     except Exception as error:  # a damaged pickle raises nearly anything: EOFError, IndexError, TypeError, MemoryError
@@ -281,10 +284,10 @@ def split_validation(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
         Two sorted, disjoint int64 tensors of lengths N - size and size.
 
     Raises:
-        InputError: fewer than one training image of each class would remain.
+        InputError: fewer training images than there are classes would remain.
     """
     counts = torch.bincount(labels, minlength=NUM_CLASSES)
-    if size > len(labels) - NUM_CLASSES:
+    if size and size > len(labels) - NUM_CLASSES:
         raise InputError(f"data.validation: {size} of {len(labels)} training images leaves too few to train on")
     # Cumulative rounding: class shares differ from exact proportion by less than one image and sum to `size`.
     edges = torch.round(counts.cumsum(0) * size / len(labels)).long()

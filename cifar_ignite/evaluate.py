@@ -1,6 +1,7 @@
 """Checkpoint in, evaluation folder out: accuracy where labels exist, predictions to hand in, statistics."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -49,7 +50,8 @@ def evaluate(
     Raises:
         InputError: checkpoint or data are missing or do not fit; nothing was written.
     """
-    output_dir = parse_config({}, "--set", overrides).output_dir
+    where = [override for override in overrides if override.partition("=")[0].strip() == "output_dir"]
+    output_dir = parse_config({}, "--set", where).output_dir
     path = checkpoint or find_best_model(output_dir, model_name)
     saved = load_checkpoint(path)
     record: RunRecord = saved["record"]
@@ -75,11 +77,11 @@ def evaluate(
         link_checkpoint(path, folder / "model.pth")
         if "confusion" in metrics:
             matrix = metrics["confusion"].numpy()
-            draw_confusion_matrix(matrix, list(images.class_names), folder / "confusion_matrix.png")
+            draw_confusion_matrix(matrix, record.class_names, folder / "confusion_matrix.png")
     except OSError as error:
         raise InputError(f"output_dir: cannot write into {output_dir}: {error.strerror}") from None
-    log_samples(images, probabilities)
-    log_statistics(images, probabilities)
+    log_samples(images, probabilities, record.class_names)
+    log_statistics(images, probabilities, record.class_names)
     if "accuracy" in metrics:
         logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
     logger.info("evaluation  %s (%s)", folder, ", ".join(sorted(item.name for item in folder.iterdir())))
@@ -151,38 +153,38 @@ def link_checkpoint(checkpoint: Path, link: Path) -> None:
         shutil.copyfile(checkpoint, link)
 
 
-def log_samples(images: Images, probabilities: Tensor) -> None:
+def log_samples(images: Images, probabilities: Tensor, class_names: Sequence[str]) -> None:
     """The first few predictions with their confidence."""
     confidence, predicted = probabilities[:SAMPLES].max(1)
     table = pd.DataFrame(
         {
             "ID": images.ids[:SAMPLES],
-            "predicted": [images.class_names[label] for label in predicted],
+            "predicted": [class_names[label] for label in predicted],
             "confidence": [f"{value:.1%}" for value in confidence.tolist()],
         }
     )
     if images.labels is not None:
-        table["true"] = [images.class_names[label] for label in images.labels[:SAMPLES]]
+        table["true"] = [class_names[label] for label in images.labels[:SAMPLES]]
         table[""] = ["" if right else "wrong" for right in table["predicted"] == table["true"]]
     logger.info("\nsample predictions\n%s\n", table.to_string(index=False))
 
 
-def log_statistics(images: Images, probabilities: Tensor) -> None:
+def log_statistics(images: Images, probabilities: Tensor, class_names: Sequence[str]) -> None:
     """By class: how often it was predicted, how confidently, and, where labels exist, how many of it were found."""
     confidence, predicted = probabilities.max(1)
     table = pd.DataFrame({"predicted": predicted, "confidence": confidence})
     statistics = table.groupby("predicted")["confidence"].agg(["size", "mean"]).reindex(range(NUM_CLASSES))
     shown = pd.DataFrame(
         {
-            "class": images.class_names,
+            "class": class_names,
             "predicted": statistics["size"].fillna(0).astype(int),
             "share": (statistics["size"].fillna(0) / len(table)).map("{:.1%}".format),
-            "mean confidence": statistics["mean"].map("{:.1%}".format),
+            "mean confidence": statistics["mean"].map(_percent),
         }
     )
     if images.labels is not None:
         right = pd.Series((predicted == images.labels).numpy()).groupby(images.labels.numpy()).mean()
-        shown["accuracy"] = right.reindex(range(NUM_CLASSES)).map("{:.1%}".format)
+        shown["accuracy"] = right.reindex(range(NUM_CLASSES)).map(_percent)
     logger.info("by class\n%s\n", shown.to_string(index=False))
     low, middle = confidence.min().item(), confidence.median().item()
     logger.info(
@@ -192,3 +194,7 @@ def log_statistics(images: Images, probabilities: Tensor) -> None:
         100 * low,
         100 * (confidence < 0.5).float().mean().item(),
     )
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"

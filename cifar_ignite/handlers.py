@@ -1,6 +1,6 @@
 """What hangs on the engines: each function attaches one behaviour.
 
-Ignite calls the handlers of one event in the order they were attached; train.py attaches them in the order below.
+Ignite calls the handlers of one event in the order they were attached: the order in `train.fit` is that of the events.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from cifar_ignite.checkpoints import DurableSaver, Row, RunRecord
-from cifar_ignite.config import InputError, RunFailedError, ScheduleConfig
+from cifar_ignite.config import RunFailedError, ScheduleConfig
 from cifar_ignite.engines import LossFn, TrainingEvents
 from cifar_ignite.loader import EvalLoader
 from cifar_ignite.signals import StopFlag
@@ -56,13 +56,13 @@ def attach_schedule(
         The handler around the torch schedule.
     """
     if schedule.name == "onecycle":
-        if schedule.warmup_fraction * iterations == 1:  # OneCycleLR divides by warm-up iterations - 1
-            raise InputError("schedule.warmup_fraction: one iteration is no warm-up; take 0 or more iterations")
+        # OneCycleLR divides by the warm-up's iterations less one, so one iteration is taken as a trifle more.
+        warmup = schedule.warmup_fraction * (1 + 1e-9 * (schedule.warmup_fraction * iterations == 1))
         torch_schedule: Any = OneCycleLR(
             optimizer,
             max_lr=peak_lr,
             total_steps=iterations,
-            pct_start=schedule.warmup_fraction,
+            pct_start=warmup,
             div_factor=schedule.div_factor,
             final_div_factor=schedule.final_div_factor,
             cycle_momentum=False,
@@ -254,7 +254,14 @@ def attach_early_stopping(trainer: Engine, record: RunRecord, patience: int) -> 
     Added as a plain handler: `EarlyStopping.attach` resets its count whenever the engine starts.
     """
     stopping = EarlyStopping(patience, score_function=lambda _: record.val_acc, trainer=trainer)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, stopping)
+    stopping.logger.setLevel(logging.WARNING)  # it would tell the terminal, but not training.log
+
+    def stop(engine: Engine) -> None:
+        stopping(engine)
+        if trainer.should_terminate:
+            logger.info("stopping early: no better validation accuracy for %d epochs", patience)
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, stop)
     return stopping
 
 
@@ -332,11 +339,15 @@ def attach_best_model(
         score_function=(lambda _: record.val_acc or 0.0) if selected else None,
         global_step_transform=lambda engine, _: engine.state.epoch,
     )
-    if selected:
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: saver(best, engine, publish))
-    else:
-        trainer.add_event_handler(Events.COMPLETED, saver.be_strict)
-        trainer.add_event_handler(Events.COMPLETED, lambda engine: saver(best, engine, publish))
+
+    def save(engine: Engine) -> None:
+        if selected:
+            saver(best, engine, publish)
+        elif engine.state.epoch == engine.state.max_epochs:
+            saver.be_strict()
+            saver(best, engine, publish)
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, save)
     return best
 
 

@@ -1,7 +1,9 @@
 """Finding the training state to continue from, and making sure that it belongs to the run that is asked for."""
 
+import copy
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from ignite.handlers import Checkpoint
 from ignite.metrics import Metric
 
 from cifar_ignite.checkpoints import load_checkpoint, newest
-from cifar_ignite.config import Config, InputError, flatten
+from cifar_ignite.config import Config, InputError, flatten, parse_config
 
 # What may differ between a run and its continuation: it changes where and how things run, not what is trained.
 FREE_TO_CHANGE = {
@@ -37,24 +39,29 @@ class Resumed:
         run_dir: its folder; None for a state outside of any run folder, which continues in a new one.
         path: the training state; None if the run was stopped before it saved one, and so begins again.
         saved: what is in it.
-        changed: keys of the configuration that differ from the run's, with the old and the new value.
+        config: under which it goes on.
+        changed: keys of `config` that differ from the run's own, with the old and the new value.
+        kept: keys in which the configuration that was asked for differs, but the run's own stands.
     """
 
     run_dir: Path | None
     path: Path | None
     saved: dict[str, Any]
+    config: Config
     changed: dict[str, tuple[Any, Any]]
+    kept: list[str]
 
     @property
     def epoch(self) -> int:
         """Epochs completed."""
         return self.saved["record"].epoch if self.saved else 0
 
-    def is_finished(self, config: Config) -> bool:
+    @property
+    def is_finished(self) -> bool:
         """Whether all epochs are done, or early stopping ended the run and no more epochs are asked for."""
-        patience, more = config.train.patience, "train.epochs" in self.changed
+        patience, more = self.config.train.patience, "train.epochs" in self.changed
         stopped = patience and self.saved and self.saved.get("early_stopping", {"counter": 0})["counter"] >= patience
-        return self.epoch >= config.train.epochs or bool(stopped and not more)
+        return self.epoch >= self.config.train.epochs or bool(stopped and not more)
 
     def check_length(self, epoch_length: int, allow_changes: bool) -> None:
         """Refuse a state whose epochs have another number of iterations: the data or the batch size is another.
@@ -71,7 +78,7 @@ class Resumed:
             )
         self.saved["trainer"] |= {"epoch_length": epoch_length, "iteration": self.epoch * epoch_length}
 
-    def load_into(self, state: dict[str, Any], max_epochs: int) -> None:
+    def load_into(self, state: dict[str, Any]) -> None:
         """Give each object of a run its saved state.
 
         Hyperparameters are those of the configuration: of the optimizer, only its momenta are taken over.
@@ -82,7 +89,7 @@ class Resumed:
         if not self.saved:
             return
         saved = {"ema": self.saved["model"], **self.saved, "record": self.saved["record"].state_dict()}
-        saved["trainer"] = saved["trainer"] | {"max_epochs": max_epochs}
+        saved["trainer"] = saved["trainer"] | {"max_epochs": self.config.train.epochs}
         groups = state["optimizer"].state_dict()["param_groups"]
         saved["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
         try:
@@ -90,6 +97,10 @@ class Resumed:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{self.path}: does not fit the configured run: {reason}") from None
+        # A state that was copied elsewhere has left its best model behind: the next epoch's is then the best so far.
+        best = state.get("best")
+        if best and best.last_checkpoint and not (best.save_handler.folder / best.last_checkpoint).exists():
+            best.reset()
 
     def finish_epoch(self, trainer: Engine, metrics: dict[str, Metric]) -> None:
         """Go on within the epoch in which the run was stopped.
@@ -111,7 +122,7 @@ class Resumed:
             restore()
             trainer.fire_event(Events.EPOCH_COMPLETED)
 
-    def describe(self, config: Config) -> str:
+    def describe(self) -> str:
         """What is continued, and how it differs."""
         if not self.saved:
             return f"{self.run_dir} has no checkpoint yet: it begins again"
@@ -119,18 +130,25 @@ class Resumed:
         for key, (old, new) in self.changed.items():
             line += f"\n  {_describe(key, old, new)}"
         if "train.epochs" in self.changed:
-            line += f": from here on the learning rate is that of a run planned for {config.train.epochs} epochs"
+            epochs = self.config.train.epochs
+            line += f": from here on the learning rate is that of a run planned for {epochs} epochs"
+        if self.kept:
+            line += f"\n  the run keeps its own {', '.join(self.kept)} (the configuration file says otherwise)"
         return line
 
 
-def find_resumed(config: Config, resume: str, allow_changes: bool, device: torch.device) -> Resumed:
-    """The run that `--resume` means.
+def find_resumed(
+    config: Config, resume: str, overrides: Sequence[str], allow_changes: bool, device: torch.device
+) -> Resumed:
+    """The run that `--resume` means, and the configuration under which it goes on: its own, and what is overridden.
 
     Args:
-        config: what is asked for.
+        config: what is asked for: says where to look, and, if changes are allowed, how to go on.
         resume: "latest" for the newest run of the experiment, whose newest whole state is taken; a run folder, whose
             newest state is taken; or a training state. Only "latest" falls back from a damaged state to an older one.
-        allow_changes: whether the configuration may differ in what is trained; more epochs are always allowed.
+        overrides: `section.key=value` that are to differ from the run's own configuration.
+        allow_changes: go on under `config` as it is; otherwise only more epochs, and what does not change what is
+            trained, may differ.
         device: where the state's tensors are put.
 
     Raises:
@@ -150,15 +168,22 @@ def find_resumed(config: Config, resume: str, allow_changes: bool, device: torch
         found, saved = path, _load_state(path, device)
         inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").exists()
         run_dir = path.parent.parent if inside else None
-    changed = differences(saved["record"].config if saved else _read_config(run_dir), config)
-    longer = "train.epochs" in changed and config.train.epochs > (changed["train.epochs"][0] or 0)
+    then = saved["record"].config if saved else _read_config(run_dir)
+    own = parse_config(copy.deepcopy(then), str(found or run_dir), overrides)
+    # The folder may have been moved since.
+    at_home = run_dir is not None and run_dir.parent.name == "training_runs"
+    output_dir = run_dir.parent.parent if run_dir is not None and at_home else config.output_dir
+    now = (config if allow_changes else own).model_copy(update={"output_dir": output_dir})
+    changed = differences(then, now)
+    longer = "train.epochs" in changed and now.train.epochs > (changed["train.epochs"][0] or 0)
     if (refused := changed.keys() - ({"train.epochs"} if longer else set())) and not allow_changes:
         told = ", ".join(_describe(key, *changed[key]) for key in sorted(refused))
         raise InputError(
             f"{found or run_dir}: cannot be resumed under another configuration: {told} "
             "(--allow-changes takes it all the same)"
         )
-    return Resumed(run_dir, found, saved, changed)
+    kept = sorted(differences(then, config).keys() - changed.keys())
+    return Resumed(run_dir, found, saved, now, changed, kept)
 
 
 def _describe(key: str, old: Any, new: Any) -> str:
@@ -230,4 +255,13 @@ def _load_state(path: Path, device: torch.device) -> dict[str, Any]:
             f"{path}: not a training state (no {', '.join(sorted(missing))} in it); "
             "resume from a latest_*.pt or an epoch_*.pt"
         )
+    try:
+        counters = [saved["trainer"]["iteration"], saved["trainer"]["epoch_length"], *saved["optimizer"]["state"]]
+        counters += [saved["early_stopping"]["counter"]] if "early_stopping" in saved else []
+        whole = all(isinstance(counter, int) for counter in counters) and counters[1] > 0
+        float(saved["timer"]["seconds"])
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: not a training state of this version of cifar_ignite")
     return saved

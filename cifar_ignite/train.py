@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -36,13 +36,17 @@ from cifar_ignite.signals import StopFlag, Stopped, StopRequested, stop_flag
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, resume: str | None = None, allow_changes: bool = False) -> Path:
+def train(
+    config: Config, resume: str | None = None, overrides: Sequence[str] = (), allow_changes: bool = False
+) -> Path:
     """Train one model, or go on training it.
 
     Args:
         config: the whole run.
         resume: "latest" continues the newest run of the experiment; a path continues a run folder or a training state.
-        allow_changes: resume also under a configuration that changes what is trained.
+            A continued run keeps its own configuration.
+        overrides: `section.key=value` in which the continuation is to differ from the run's own configuration.
+        allow_changes: continue under `config`, also if that changes what is trained.
 
     Returns:
         The run folder.
@@ -54,10 +58,12 @@ def train(config: Config, resume: str | None = None, allow_changes: bool = False
     """
     with stop_flag() as flag:
         device = select_device(config.device)
-        resumed = find_resumed(config, resume, allow_changes, device) if resume else None
-        if resumed and resumed.is_finished(config):
-            logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
-            return resumed.run_dir or config.output_dir
+        resumed = find_resumed(config, resume, overrides, allow_changes, device) if resume else None
+        if resumed:
+            config = resumed.config
+            if resumed.is_finished:
+                logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
+                return resumed.run_dir or config.output_dir
         model = build_model(config, device)
         images = load_images(config.data, train=True)
         loaders = create_loaders(config, images, device)
@@ -121,7 +127,7 @@ def fit(
             state["early_stopping"] = handlers.attach_early_stopping(trainer, record, options.patience)
     attach_reports(trainer, record, run_dir / "logs", options.checkpoint_every)
     if resumed:
-        resumed.load_into(state, options.epochs)
+        resumed.load_into(state)
         train_loader.iteration = trainer.state.iteration
         handlers.set_schedule(schedule, trainer.state.iteration)
     state["metrics"] = metrics
@@ -248,7 +254,7 @@ def log_start(
     logger.info("%d images to train on, %d held out for validation", len(images.images) - held_out, held_out)
     logger.info("run folder %s", run_dir)
     if resumed:
-        logger.info(resumed.describe(config))
+        logger.info(resumed.describe())
 
 
 def log_end(record: RunRecord, run_dir: Path, best_path: Path, published: str, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Each augmentation against torchvision's functional transforms, applied image by image with the same parameters."""
 
+import itertools
 import math
 
 import pytest
@@ -85,6 +86,15 @@ def test_perspective_matches_torchvision(images):
     warped = augment.warp(images, augment.perspective_matrices(corners, SIZE))
     assert interior(warped - one_by_one(expected_one, images, corners), border=2) < 2 / 255
     assert interior(warped - one_by_one(expected_one, images, corners)) < 1e-3
+
+
+def test_the_strongest_perspective_is_finite():
+    strongest = AugmentConfig.model_fields["perspective_distortion"].metadata[1].le
+    farthest = int(strongest * (SIZE // 2))
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, farthest])] * 8).view(-1, 4, 2)
+    assert augment.perspective_matrices(corners, SIZE).isfinite().all()
+    images = torch.rand(1, 3, SIZE, SIZE).expand(len(corners), -1, -1, -1)
+    assert augment.warp(images, augment.perspective_matrices(corners, SIZE)).isfinite().all()
 
 
 def test_the_identity_warp_changes_nothing(images):
@@ -230,6 +240,92 @@ def test_images_of_one_batch_get_parameters_of_their_own(on):
         images.repeat(64, 1, 1, 1), labels.repeat(64)
     )
     assert len(augmented.flatten(1).unique(dim=0)) > 1
+
+
+class Recorder:
+    """Records what a function of augment.py is called with, in the order of the calls."""
+
+    def __init__(self, monkeypatch, *names):
+        self.calls = []
+        for name in names:
+            monkeypatch.setattr(augment, name, self.wrap(name, getattr(augment, name)))
+
+    def wrap(self, name, function):
+        def call(*arguments):
+            result = function(*arguments)
+            self.calls.append((name, arguments, result))
+            return result
+
+        return call
+
+    def arguments(self, name, position):
+        return torch.cat([arguments[position] for called, arguments, _ in self.calls if called == name])
+
+
+APPLIED = (
+    "crop", "flip", "rotation_matrices", "perspective_matrices", "warp", "adjust_brightness", "adjust_contrast",
+    "adjust_saturation", "adjust_hue", "normalize", "erase",
+)  # fmt: skip
+
+
+def test_the_pipeline_applies_what_is_configured_in_order_and_strength(monkeypatch):
+    recorder = Recorder(monkeypatch, *APPLIED)
+    config = AugmentConfig(crop_padding=4)
+    pipeline = augment.create_augment(config, 10)
+    images, labels = batch(500)
+    torch.manual_seed(0)
+    for _ in range(4):
+        out, _ = pipeline(images, labels)
+    assert [name for name, *_ in recorder.calls] == list(APPLIED) * 4
+    assert out.shape == (500, 3, SIZE, SIZE)
+
+    def spread(name, low, high):
+        drawn = recorder.arguments(name, 1 if name != "rotation_matrices" else 0)
+        assert low <= drawn.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < drawn.max() <= high
+        assert drawn.mean() == pytest.approx((low + high) / 2, abs=0.03 * (high - low))
+
+    spread("rotation_matrices", -15, 15)
+    spread("adjust_brightness", 0.7, 1.3)
+    spread("adjust_contrast", 0.7, 1.3)
+    spread("adjust_saturation", 0.7, 1.3)
+    spread("adjust_hue", -0.1, 0.1)
+    assert recorder.arguments("crop", 1).unique().tolist() == list(range(9))
+    assert recorder.arguments("flip", 1).float().mean() == pytest.approx(0.5, abs=0.04)
+    moved = recorder.arguments("perspective_matrices", 0).flatten(1).any(1)
+    assert moved.float().mean() == pytest.approx(0.5, abs=0.04)
+    boxes = recorder.arguments("erase", 1)
+    assert (boxes[:, 2] > boxes[:, 0]).float().mean() == pytest.approx(0.3, abs=0.04)
+
+    # Each step works on the result of the one before, and the perspective is seen last.
+    steps = {name: (arguments, result) for name, arguments, result in recorder.calls}
+    matrices = steps["rotation_matrices"][1] @ steps["perspective_matrices"][1]
+    assert torch.equal(steps["warp"][0][1], matrices)
+    images_seen = [name for name in APPLIED if not name.endswith("matrices")]
+    for before, after in itertools.pairwise(images_seen):
+        assert steps[after][0][0] is steps[before][1], (before, after)
+
+
+def test_rotation_then_perspective_as_torchvision_does_them_one_after_the_other(images):
+    """Which of the two comes first shows in the place of a dot."""
+    dot = torch.zeros(1, 3, SIZE, SIZE)
+    dot[..., 8:11, 21:24] = 1
+    corners = torch.tensor([[[6.0, 1.0], [0.0, 5.0], [3.0, 0.0], [0.0, 6.0]]])
+    ours = augment.warp(
+        dot, augment.rotation_matrices(torch.tensor([40.0])) @ augment.perspective_matrices(corners, SIZE)
+    )
+    edge = SIZE - 1
+    start, end = [[0, 0], [edge, 0], [edge, edge], [0, edge]], [[6, 1], [edge, 5], [edge - 3, edge], [0, edge - 6]]
+    theirs = oracle.perspective(
+        oracle.rotate(dot, 40.0, InterpolationMode.BILINEAR), start, end, InterpolationMode.BILINEAR
+    )
+
+    def centre(picture):
+        weight = picture[0, 0]
+        grid = torch.arange(SIZE, dtype=torch.float)
+        return torch.stack([(weight.sum(1) * grid).sum(), (weight.sum(0) * grid).sum()]) / weight.sum()
+
+    assert (centre(ours) - centre(theirs)).abs().max() < 0.1
 
 
 def test_the_same_seed_gives_the_same_batch():

@@ -96,7 +96,8 @@ def test_a_missing_truncated_or_hostile_data_file(refused, tiny_file, tmp_path, 
     assert "data_batch_2: refused" in refused("train", "--config", tiny_file)
     assert not marker.exists()
     path.unlink()
-    assert "data_batch_2: no such file" in refused("train", "--config", tiny_file)
+    advice = f"data_batch_2: no such file; remove {path.parent} to have CIFAR-10 downloaded anew"
+    assert advice in refused("train", "--config", tiny_file)
 
 
 def test_no_network_for_the_download(refused, tiny_file, cifar_root, monkeypatch):
@@ -126,7 +127,7 @@ def test_a_bad_competition_file(refused, tmp_path):
         (tmp_path / "test.pkl").write_bytes(contents)
         assert message in refused("evaluate", "--test-file", "test.pkl")
     assert not marker.exists()
-    assert "none.pkl: no such file" in refused("evaluate", "--test-file", "none.pkl")
+    assert refused("evaluate", "--test-file", "none.pkl") == "cifar_ignite: none.pkl: no such file\n"
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------
@@ -166,6 +167,39 @@ def test_a_checkpoint_of_another_model_or_configuration(refused, tmp_path, tiny_
     assert "its weights are not those of a hybrid_resnet" in refused(
         "evaluate", "--checkpoint", state, "--set", "model.width=4"
     )
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"record": {"history": "abc"}},
+        {"record": {"history": [{"epoch": 1}]}},
+        {"record": {"config": []}},
+        {"record": {"config": {"data": torch.zeros(1)}}},
+        {"record": {"format": 99}},
+        {"model": []},
+        {"model": {1: torch.zeros(1)}},
+    ],
+    ids=str,
+)
+def test_checkpoints_that_hold_something_else_inside(refused, tmp_path, tiny_file, changes):
+    checkpoint = torch.load(max((the_run(tmp_path) / "checkpoints").glob("latest_*.pt")), weights_only=True)
+    for key, value in changes.items():
+        checkpoint[key] = checkpoint[key] | value if key == "record" else value
+    torch.save(checkpoint, tmp_path / "odd.pt")
+    refused("evaluate", "--checkpoint", "odd.pt")
+    refused("train", "--config", tiny_file, "--resume", "odd.pt")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": {}}, {"trainer": 3}, {"timer": 1}, {"trainer": {"iteration": "x"}}], ids=str
+)
+def test_training_states_that_hold_something_else_inside(refused, tmp_path, tiny_file, changes):
+    checkpoint = torch.load(max((the_run(tmp_path) / "checkpoints").glob("latest_*.pt")), weights_only=True)
+    torch.save(checkpoint | changes, tmp_path / "odd.pt")
+    assert "not a training state" in refused("train", "--config", tiny_file, "--resume", "odd.pt")
 
 
 @pytest.mark.usefixtures("trained")

@@ -14,10 +14,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, assert_same_training, the_run
+from ignite.engine import Engine
 from PIL import Image
 
+from cifar_ignite import evaluate as evaluation
 from cifar_ignite.checkpoints import load_checkpoint
 from cifar_ignite.config import load_config
+from cifar_ignite.data import CIFAR10_CLASSES
 
 
 def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_path, cifar_root):
@@ -41,6 +44,15 @@ def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_p
     assert table.notna().all().all()
     assert table[["train_acc", "val_acc"]].stack().between(0, 1).all()
     assert (table["images_per_second"] * table["seconds"]).tolist() == pytest.approx([100] * 5)
+    # lr is that of the last iteration of each epoch, of 20 in all.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=20, cycle_momentum=False)
+    seen = []
+    for _ in range(20):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step() if len(seen) < 20 else None
+    assert table["lr"].tolist() == pytest.approx(seen[3::4], abs=1e-9)
     assert "epoch 5/5" in (run_dir / "logs" / "training.log").read_text()
     for name in ("loss", "accuracy", "learning_rate"):
         assert Image.open(run_dir / "logs" / "figures" / f"{name}.png").size[0] > 300
@@ -87,6 +99,57 @@ def test_evaluate_takes_a_checkpoint_a_model_and_an_unlabelled_file(command, tin
     assert sorted(path.name for path in folder.iterdir()) == ["model.pth", "predictions.csv"]
     state = next((the_run(tmp_path) / "checkpoints").glob("latest_*.pt"))
     assert command("evaluate", "--checkpoint", state)[0] == 0
+
+
+def test_statistics_are_those_of_the_predictions(command, tiny_file, tmp_path, cifar_root, monkeypatch):
+    """Against figures computed here from a known table of probabilities."""
+    command("train", "--config", tiny_file)
+    rng = np.random.default_rng(0)
+    probabilities = torch.from_numpy(rng.dirichlet(np.full(10, 0.3), 30)).float()
+    probabilities[:, 9] = 0  # truck is never predicted
+    probabilities /= probabilities.sum(1, keepdim=True)
+    with (cifar_root / "cifar-10-batches-py" / "test_batch").open("rb") as file:
+        labels = np.array(pickle.load(file, encoding="bytes")[b"labels"])
+    predicted = probabilities.argmax(1).numpy()
+
+    def perfect(model):
+        rows = iter(probabilities.log().clamp(min=-100).split(32))
+        return Engine(lambda engine, batch: (next(rows), batch[1]))
+
+    monkeypatch.setattr(evaluation, "create_evaluator", perfect)
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_confusion_matrix", lambda matrix, *rest: drawn.append(matrix))
+    out = command("evaluate")[1]
+    matrix = np.zeros((10, 10), int)
+    np.add.at(matrix, (labels, predicted), 1)
+    assert np.array_equal(drawn[0], matrix)
+    table = out.split("by class")[1].splitlines()
+    for label, name in enumerate(CIFAR10_CLASSES):
+        (row,) = [line.split() for line in table if line.split()[:1] == [name]]
+        of_class, as_class = labels == label, predicted == label
+        confidence = f"{100 * probabilities.max(1).values.numpy()[as_class].mean():.1f}%" if as_class.any() else "-"
+        accuracy = 100 * (predicted[of_class] == label).mean()
+        assert row == [name, str(as_class.sum()), f"{100 * as_class.mean():.1f}%", confidence, f"{accuracy:.1f}%"]
+    samples = out.split("sample predictions")[1].splitlines()[2:12]
+    for number, line in enumerate(samples):
+        words = line.split()
+        assert words[:2] == [str(number), CIFAR10_CLASSES[predicted[number]]]
+        assert words[2] == f"{100 * probabilities[number].max():.1f}%"
+        assert words[3] == CIFAR10_CLASSES[labels[number]]
+        assert words[4:] == ([] if labels[number] == predicted[number] else ["wrong"])
+
+
+def test_classes_are_called_as_the_model_calls_them(command, tiny_file, tmp_path):
+    options = ["--set", "data.source=synthetic", "--set", "data.synthetic.train_size=120"]
+    command("train", "--config", tiny_file, *options)
+    out = command("evaluate", "--test-file", unlabelled(tmp_path / "test.pkl"))[1]
+    assert "checkers" in out
+    assert "airplane" not in out
+
+
+def test_overrides_of_evaluation_are_judged_beside_the_configuration_of_the_model(command, tiny_file):
+    command("train", "--config", tiny_file, "--set", "augment.cutmix_p=0")
+    assert command("evaluate", "--set", "augment.mixup_p=0.5")[0] == 0
 
 
 def test_outputs_can_be_moved(command, tiny_file, tmp_path):
@@ -208,6 +271,12 @@ def test_make_passes_what_was_typed_safely(tmp_path):
         (["train", "MODEL=stochastic"], "--config 'configs/stochastic.json'"),
         (["train", "MODEL=se", "RECIPE=fast"], "--config 'configs/se_fast.json'"),
         (["train", "DATA=synthetic"], "--set experiment='se_synthetic'"),
+        (["evaluate", "RECIPE=fast"], "--model 'se_fast'"),
+        (["demo", "SET=data.validation=9"], "evaluate --model demo --set 'data.validation=9'"),
+        (
+            [".venv/.stamp", "TORCH_INDEX=https://a/b", "VIRTUAL_ENV=", "-B"],
+            "--index-url 'https://a/b' torch torchvision",
+        ),
         (["train", "DATA=cifar10"], "--set data.source='cifar10'"),
         (["train", "RESUME=latest"], "--resume 'latest'"),
         (["train", "DATA_DIR=/a b/it's"], r"--set data.root='/a b/it'\''s'"),

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from cifar_ignite import checkpoints, handlers
 from cifar_ignite.checkpoints import RunRecord
-from cifar_ignite.config import InputError, RunFailedError, ScheduleConfig
+from cifar_ignite.config import RunFailedError, ScheduleConfig
 from cifar_ignite.engines import create_evaluator, create_trainer
 from cifar_ignite.loader import EvalLoader
 from cifar_ignite.reporting import format_seconds
@@ -76,9 +76,11 @@ def test_cosine_without_warmup_equals_torch():
     assert rates(schedule, 0.4, 50) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_warmup_of_one_iteration_is_refused_clearly():
-    with pytest.raises(InputError, match="schedule.warmup_fraction"):
-        rates(ScheduleConfig(warmup_fraction=0.5), 0.1, 2)
+def test_a_warmup_of_one_iteration_is_no_division_by_zero():
+    seen = rates(ScheduleConfig(warmup_fraction=0.1, div_factor=10), 0.5, 10)
+    assert seen[0] == pytest.approx(0.05, abs=1e-9)
+    assert seen[1] > 0.45
+    assert seen == [seen[0], *sorted(seen[1:], reverse=True)]
 
 
 # --- Gradients ----------------------------------------------------------------------------------------------------
@@ -144,6 +146,20 @@ def test_losses_and_accuracies_are_means_over_images_also_with_a_smaller_last_ba
         logits = model((images / 255 - 0.5) / 0.2)
     assert got["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert got["accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_evaluation_is_deterministic_and_changes_nothing():
+    """Dropout is off, BatchNorm uses its statistics and leaves them alone, also after training mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 10)
+    ).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.randn(20, 3, 4, 4)
+    logits = [create_evaluator(model.train()).run([(images, None)]).output[0] for _ in range(2)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], model.eval()(images))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_train_metrics_take_distributions_as_targets():
@@ -233,7 +249,7 @@ def test_the_history_has_a_row_an_epoch():
     assert [row["train_loss"] for row in record.history] == [1, 1 / 2, 1 / 3]
     for one in record.history:
         assert one["val_acc"] is None
-        assert row["seconds"] >= 0.02
+        assert one["seconds"] >= 0.02
         assert one["images_per_second"] * one["seconds"] == pytest.approx(500)
 
 

@@ -44,6 +44,12 @@ def test_what_is_in_which_model():
         assert (SqueezeExcitation in kinds, StochasticDepth in kinds) == (has_se, has_depth)
         assert kinds.count(nn.Dropout) == 1
         assert kinds.count(BasicBlock) == 8
+        model = create_model(name, num_classes=10)
+        assert model.head[2].p == 0.3
+        assert create_model(name, num_classes=10, dropout=0.1).head[2].p == 0.1
+        kinds = [type(module) for module in model.stages[0].residual]
+        tail = [SqueezeExcitation] * has_se + [StochasticDepth] * has_depth
+        assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, *tail]
 
 
 def test_drop_probabilities_rise_linearly_to_the_rate():

@@ -171,11 +171,21 @@ def test_more_epochs_than_before_continue_by_the_longer_schedule(command, tiny_f
     assert got["lr"][1] != expected["lr"][1]
 
 
+def test_a_continued_run_keeps_its_own_configuration(command, tiny_file, tmp_path, monkeypatch, straight):
+    """What was typed at the start need not be typed again."""
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGINT)
+        command("train", "--config", tiny_file, *overrides())
+    status, out, _ = command("train", "--config", tiny_file, "--resume", "latest")
+    assert status == 0
+    assert "the run keeps its own train.ema_decay, train.epochs, train.patience (the configuration file says" in out
+    assert_same_training(straight, the_run(tmp_path))
+
+
 def test_changes_are_taken_only_when_asked_for(command, tiny_file, tmp_path, monkeypatch):
-    signal_at(monkeypatch, 6, signal.SIGINT)
-    command("train", "--config", tiny_file, *overrides())
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGINT)
+        command("train", "--config", tiny_file, *overrides())
     changed = overrides(**{"optimizer.lr": 0.01, "data.batch_size": 50})
     resume = ["train", "--config", tiny_file, *changed, "--resume", "latest"]
     status, _, err = command(*resume)
@@ -187,9 +197,42 @@ def test_changes_are_taken_only_when_asked_for(command, tiny_file, tmp_path, mon
     table = pd.read_csv(the_run(tmp_path) / "logs" / "metrics.csv")
     assert table["epoch"].tolist() == [1, 2, 3, 4]
     assert table["lr"][1:].max() <= 0.01  # epoch 2 was repeated in batches of 50
-    assert (
-        load_checkpoint(next((the_run(tmp_path) / "checkpoints").glob("latest_*8.pt")))["trainer"]["epoch_length"] == 2
-    )
+    newest = load_checkpoint(next((the_run(tmp_path) / "checkpoints").glob("latest_*8.pt")))
+    assert newest["trainer"]["epoch_length"] == 2
+
+
+def test_latest_is_the_newest_run_even_if_it_saved_nothing_yet(command, tiny_file, tmp_path, monkeypatch):
+    command("train", "--config", tiny_file)
+    older = the_run(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.torch, "save", die)
+        with pytest.raises(Killed):
+            command("train", "--config", tiny_file)
+    (newer,) = set((tmp_path / "outputs" / "training_runs").iterdir()) - {older}
+    status, out, _ = command("train", "--config", tiny_file, "--resume", "latest")
+    assert status == 0
+    assert f"{newer} has no checkpoint yet: it begins again" in out
+
+
+def test_without_validation_a_run_stopped_at_its_end_still_publishes(command, tiny_file, tmp_path, monkeypatch):
+    options = overrides(**{"data.validation": 0})
+    with monkeypatch.context() as patched:
+        signal_at(patched, 16, signal.SIGTERM)
+        assert command("train", "--config", tiny_file, *options)[0] == 143
+    published = tmp_path / "outputs" / "best_models" / "tiny_val_acc_none_best.pth"
+    assert not published.exists()
+    assert command("train", "--config", tiny_file, "--resume", "latest")[0] == 0
+    model = load_checkpoint(published)
+    assert model["record"].epoch == 4
+    last = load_checkpoint(the_run(tmp_path) / "checkpoints" / "latest_000000016.pt")
+    assert faults.compare(model["model"], last["ema"], "") == []
 
 
 def test_other_data_than_the_run_was_trained_on_is_refused(command, tiny_file, tmp_path, cifar_root, monkeypatch):
@@ -258,13 +301,16 @@ def test_leftovers_of_a_killed_process_are_swept(command, tiny_file, tmp_path, m
 
 
 def test_a_state_outside_of_any_run_folder_continues_in_a_new_one(command, tiny_file, tmp_path, monkeypatch):
-    signal_at(monkeypatch, 6, signal.SIGTERM)
-    command("train", "--config", tiny_file, *overrides())
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGTERM)
+        command("train", "--config", tiny_file, *overrides())
     shutil.copy(the_run(tmp_path) / "checkpoints" / "latest_000000006.pt", tmp_path / "copied.pt")
-    assert command("train", "--config", tiny_file, *overrides(), "--resume", "copied.pt")[0] == 0
-    assert len(list((tmp_path / "outputs" / "training_runs").iterdir())) == 2
+    first = the_run(tmp_path)
+    status, out, _ = command("train", "--config", tiny_file, *overrides(), "--resume", "copied.pt")
+    assert status == 0
+    (second,) = set((tmp_path / "outputs" / "training_runs").iterdir()) - {first}
+    assert len(list((second / "checkpoints").glob("best_*.pth"))) == 1
+    assert "published  nothing" not in out
 
 
 # --- Failing disks ------------------------------------------------------------------------------------------------
