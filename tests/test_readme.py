@@ -31,3 +31,8 @@ def test_every_test_that_the_table_of_faults_names_exists():
     for name in named:
         if not name.startswith(("save_", "train_", "test_")):
             assert re.search(rf"def test_{name.rstrip('…')}", sources), name
+
+
+def test_nothing_was_left_to_be_filled_in():
+    for path in [*REPOSITORY.glob("*.md"), *(REPOSITORY / "benchmarks").glob("*.md")]:
+        assert "PLACEHOLDER" not in path.read_text(), path
