@@ -200,7 +200,7 @@ class EpochTimer:
 # --- At the end of an epoch ---------------------------------------------------------------------------------------
 
 
-def attach_validation(trainer: Engine, evaluator: Engine, val_loader: EvalLoader) -> None:
+def attach_validation(trainer: Engine, evaluator: Engine, val_loader: EvalLoader, optimizer: Optimizer) -> None:
     """Run the evaluator after each epoch.
 
     Raises:
@@ -211,7 +211,8 @@ def attach_validation(trainer: Engine, evaluator: Engine, val_loader: EvalLoader
         loss = evaluator.run(val_loader).metrics["loss"]
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"the validation loss is not finite at epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+                f"the validation loss is not finite at epoch {engine.state.epoch}, iteration {engine.state.iteration}, "
+                f"lr {optimizer.param_groups[0]['lr']:.3g}"
             )
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)

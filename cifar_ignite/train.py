@@ -56,19 +56,20 @@ def train(
         RunFailedError: the training diverged, or checkpoints can no longer be written, or a signal asked to stop
             (`Stopped`); the newest checkpoints are whole.
     """
+    device = select_device(config.device)
+    resumed = find_resumed(config, resume, overrides, allow_changes, device) if resume else None
+    if resumed:
+        config = resumed.config
+        if resumed.is_finished:
+            logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
+            return resumed.run_dir or config.output_dir
+    model = build_model(config, device)
+    images = load_images(config.data, train=True)
+    loaders = create_loaders(config, images, device)
+    if resumed:
+        resumed.check_length(len(loaders[0]), allow_changes)
+    # Until here a signal ends the process at once: there is nothing to save.
     with stop_flag() as flag:
-        device = select_device(config.device)
-        resumed = find_resumed(config, resume, overrides, allow_changes, device) if resume else None
-        if resumed:
-            config = resumed.config
-            if resumed.is_finished:
-                logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
-                return resumed.run_dir or config.output_dir
-        model = build_model(config, device)
-        images = load_images(config.data, train=True)
-        loaders = create_loaders(config, images, device)
-        if resumed:
-            resumed.check_length(len(loaders[0]), allow_changes)
         run_dir = open_run_dir(config, resumed.run_dir if resumed else None)
         with log_file(run_dir / "logs" / "training.log"), naming_newest_state(run_dir / "checkpoints"):
             log_start(config, model, images, run_dir, device, resumed)
@@ -109,7 +110,7 @@ def fit(
     evaluator = create_evaluator(judged) if val_loader else None
     if evaluator and val_loader:
         handlers.attach_metrics(evaluator, F.cross_entropy, device)
-        handlers.attach_validation(trainer, evaluator, val_loader)
+        handlers.attach_validation(trainer, evaluator, val_loader, optimizer)
     handlers.attach_history(trainer, evaluator, optimizer, record, len(train_loader.images), timer)
     saver = handlers.PatientSaver(checkpoints, options.save_failures_allowed)
     target = best_model_path(config.output_dir, config.experiment, selected=evaluator is not None)

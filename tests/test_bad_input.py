@@ -100,6 +100,14 @@ def test_a_missing_truncated_or_hostile_data_file(refused, tiny_file, tmp_path, 
     assert advice in refused("train", "--config", tiny_file)
 
 
+def test_batches_meta_is_never_read(command, tiny_file, tmp_path, cifar_root):
+    marker = tmp_path / "marker"
+    (cifar_root / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(Payload(marker)))
+    assert command("train", "--config", tiny_file)[0] == 0
+    assert command("evaluate")[0] == 0
+    assert not marker.exists()
+
+
 def test_no_network_for_the_download(refused, tiny_file, cifar_root, monkeypatch):
     def offline(*_, **__):
         raise URLError("Name or service not known")

@@ -228,8 +228,9 @@ def test_the_best_model_is_the_first_of_the_highest_and_published_once(tmp_path)
 def test_a_validation_loss_that_is_not_finite_stops_the_run():
     trainer, evaluator = Engine(lambda *_: None), Engine(lambda engine, batch: batch)
     handlers.attach_metrics(evaluator, nn.functional.cross_entropy, CPU)
-    handlers.attach_validation(trainer, evaluator, [(torch.full((2, 3), math.nan), torch.tensor([0, 1]))])
-    with pytest.raises(handlers.NonFiniteError, match="validation loss is not finite at epoch 1, iteration 1"):
+    loader = [(torch.full((2, 3), math.nan), torch.tensor([0, 1]))]
+    handlers.attach_validation(trainer, evaluator, loader, sgd([nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(handlers.NonFiniteError, match="validation loss is not finite at epoch 1, iteration 1, lr 0.1"):
         trainer.run([0], max_epochs=2)
 
 
