@@ -31,6 +31,7 @@ from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive
 from cifar_ignite.models import create_model
 from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
 from cifar_ignite.resume import Resumed, find_resumed
+from cifar_ignite.saving import PatientSaver, attach_best_model, attach_checkpoints
 from cifar_ignite.signals import StopFlag, Stopped, StopRequested, stop_flag
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def fit(
         handlers.attach_metrics(evaluator, F.cross_entropy, device)
         handlers.attach_validation(trainer, evaluator, val_loader, optimizer)
     handlers.attach_history(trainer, evaluator, optimizer, record, len(train_loader.images), timer)
-    saver = handlers.PatientSaver(checkpoints, options.save_failures_allowed)
+    saver = PatientSaver(checkpoints, options.save_failures_allowed)
     target = best_model_path(config.output_dir, config.experiment, selected=evaluator is not None)
 
     def publish() -> str:
@@ -121,7 +122,7 @@ def fit(
         except InputError as error:  # the run's own best file is gone
             return f"nothing: {error}"
 
-    best = handlers.attach_best_model(trainer, judged, record, saver, publish, selected=evaluator is not None)
+    best = attach_best_model(trainer, judged, record, saver, publish, selected=evaluator is not None)
     if evaluator:
         state["best"] = best
         if options.patience:
@@ -132,9 +133,7 @@ def fit(
         train_loader.iteration = trainer.state.iteration
         handlers.set_schedule(schedule, trainer.state.iteration)
     state["metrics"] = metrics
-    save = handlers.attach_checkpoints(
-        trainer, state, saver, options.checkpoint_every, options.save_every_seconds, check
-    )
+    save = attach_checkpoints(trainer, state, saver, options.checkpoint_every, options.save_every_seconds, check)
     handlers.attach_stop(trainer, evaluator, flag)
 
     started = time.monotonic()

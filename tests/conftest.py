@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine, Events
 
 from benchmarks.faults import differences
 from cifar_ignite.__main__ import main
+from cifar_ignite.checkpoints import RunRecord
 from cifar_ignite.config import parse_config
 from cifar_ignite.data import CIFAR10_CLASSES
 
@@ -120,3 +122,17 @@ def the_run(folder: Path) -> Path:
 def assert_same_training(one: Path, other: Path) -> None:
     """Bit-identical weights, averages, momenta, counters and metrics of two run folders; only times differ."""
     assert differences(one, other) == []
+
+
+def scored(scores, attach):
+    """Run an engine for as many epochs as there are validation accuracies; returns how many it ran."""
+    record = RunRecord("run", {}, [])
+    trainer = Engine(lambda engine, batch: None)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def append(engine):
+        record.history.append(row(engine.state.epoch, scores[engine.state.epoch - 1]))
+
+    attached = attach(trainer, record)
+    trainer.run([0], max_epochs=len(scores))
+    return trainer.state.epoch, attached

@@ -196,8 +196,8 @@ def test_checkpoints_that_hold_something_else_inside(refused, tmp_path, tiny_fil
     for key, value in changes.items():
         checkpoint[key] = checkpoint[key] | value if key == "record" else value
     torch.save(checkpoint, tmp_path / "odd.pt")
-    refused("evaluate", "--checkpoint", "odd.pt")
-    refused("train", "--config", tiny_file, "--resume", "odd.pt")
+    for options in (["evaluate", "--checkpoint"], ["train", "--config", tiny_file, "--resume"]):
+        assert "odd.pt: not a checkpoint of" in refused(*options, "odd.pt")
 
 
 @pytest.mark.usefixtures("trained")

@@ -39,7 +39,8 @@ def test_a_checkpoint_reads_back(tmp_path):
 
 
 def test_checkpoints_hold_only_what_weights_only_loads(tmp_path):
-    torch.load(write(tmp_path / "c.pt"), weights_only=True)
+    loaded = torch.load(write(tmp_path / "c.pt"), weights_only=True)
+    assert loaded.keys() == {"model", "record"}
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):

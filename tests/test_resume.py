@@ -51,6 +51,14 @@ def signal_at(monkeypatch, iteration, signum, *, evaluating=False):
     monkeypatch.setattr(handlers, "attach_stop", attach)
 
 
+class Killed(BaseException):
+    """As if the process were gone."""
+
+
+def die(*_):
+    raise Killed
+
+
 # --- Stopping and going on ----------------------------------------------------------------------------------------
 
 
@@ -118,12 +126,6 @@ def test_interrupted_again_and_again(command, tiny_file, tmp_path, monkeypatch, 
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(command, tiny_file, tmp_path, monkeypatch, straight):
-    class Killed(BaseException):
-        pass
-
-    def die(*_):
-        raise Killed
-
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints.torch, "save", die)
         with pytest.raises(Killed):
@@ -204,12 +206,6 @@ def test_changes_are_taken_only_when_asked_for(command, tiny_file, tmp_path, mon
 def test_latest_is_the_newest_run_even_if_it_saved_nothing_yet(command, tiny_file, tmp_path, monkeypatch):
     command("train", "--config", tiny_file)
     older = the_run(tmp_path)
-
-    class Killed(BaseException):
-        pass
-
-    def die(*_):
-        raise Killed
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints.torch, "save", die)
