@@ -23,6 +23,16 @@ def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
     return int(np.random.SeedSequence([seed, purpose, index]).generate_state(1, np.uint64)[0])
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the global generators of the CPU and of `device`.
+
+    torch.manual_seed also seeds every other kind of device there could be, which costs 0.1 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 class TrainLoader:
     """Augmented batches in a new order each epoch, every image exactly once; the last batch may be smaller.
 
@@ -52,7 +62,7 @@ class TrainLoader:
         epoch, done = divmod(self.iteration, len(self))
         batches = self.order(epoch).to(self.images.device).split(self.batch_size)
         for indices in batches[done:]:
-            torch.manual_seed(derive_seed(self.seed, ITERATION, self.iteration))
+            seed_generators(derive_seed(self.seed, ITERATION, self.iteration), self.images.device)
             self.iteration += 1
             yield self.augment(self.images[indices], self.labels[indices])
 
