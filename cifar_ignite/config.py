@@ -142,6 +142,7 @@ class Config(Section):
     experiment: str = Field("se", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     output_dir: Folder = Path("outputs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cifar_ignite.checkpoints import RunRecord, create_unique_dir, load_checkpoint, newest
 from cifar_ignite.config import Config, InputError, parse_config
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
-from cifar_ignite.engines import create_evaluator, select_device
+from cifar_ignite.engines import create_evaluator, create_forward, select_device, select_precision
 from cifar_ignite.figures import draw_confusion_matrix
 from cifar_ignite.handlers import attach_metrics
 from cifar_ignite.loader import EvalLoader
@@ -125,7 +125,8 @@ def run_evaluator(
         Probabilities, float (N, 10) on the CPU, and, where labels exist, "loss", "accuracy" and "confusion", counts
         (10, 10) by true and predicted class.
     """
-    evaluator = create_evaluator(model)
+    forward = create_forward(model, device, select_precision(config.precision, device))
+    evaluator = create_evaluator(model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
     outputs.attach(evaluator, "logits")
     ProgressBar(disable=None, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)

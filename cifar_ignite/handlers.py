@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping, EMAHandler, LRScheduler
 from ignite.metrics import Accuracy, Loss, Metric
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -90,7 +91,12 @@ def cosine_factor(iteration: int, iterations: int, schedule: ScheduleConfig) -> 
 
 
 def attach_gradient_guard(
-    trainer: Engine, model: nn.Module, optimizer: Optimizer, max_norm: float | None, check_every: int
+    trainer: Engine,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    max_norm: float | None,
+    check_every: int,
 ) -> Callable[[], None]:
     """Clip the global gradient norm, and make no update with a gradient that is not finite.
 
@@ -101,6 +107,8 @@ def attach_gradient_guard(
         trainer: a trainer of engines.py.
         model: whose gradients are clipped.
         optimizer: fused.
+        scaler: an enabled one finds its scale by trial and skips what overflows: only when gradients still overflow
+            at a scale of 1 does training stop.
         max_norm: gradients are scaled down to this 2-norm; None leaves them.
         check_every: iterations between looks; 1 stops at the very iteration.
 
@@ -118,14 +126,17 @@ def attach_gradient_guard(
         norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
         infinite = ~norm.isfinite()
         optimizer.found_inf = infinite.float()  # type: ignore[attr-defined]
-        now = torch.tensor([engine.state.iteration, optimizer.param_groups[0]["lr"]], dtype=torch.float64)
-        bad.copy_(torch.where(infinite & (bad[0] == 0), now.to(bad.device, non_blocking=True), bad))
+        if scaler.is_enabled():  # only an unbroken row of overflows counts
+            bad.mul_(infinite)
+        first = infinite & (bad[0] == 0)
+        bad[0].masked_fill_(first, engine.state.iteration)
+        bad[1].masked_fill_(first, optimizer.param_groups[0]["lr"])
         if engine.state.iteration % check_every == 0:
             look()
 
     def look() -> None:
         iteration, lr = bad.tolist()
-        if iteration:
+        if iteration and scaler.get_scale() <= 1:
             epoch = math.ceil(iteration / (trainer.state.epoch_length or 1))
             raise NonFiniteError(f"the gradient is not finite at epoch {epoch}, iteration {iteration:.0f}, lr {lr:.3g}")
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
@@ -26,7 +27,7 @@ from cifar_ignite.checkpoints import (
 )
 from cifar_ignite.config import Config, InputError, RunFailedError, flatten
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, split_validation
-from cifar_ignite.engines import create_evaluator, create_trainer, select_device
+from cifar_ignite.engines import create_evaluator, create_forward, create_trainer, select_device, select_precision
 from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed
 from cifar_ignite.models import create_model
 from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
@@ -91,24 +92,28 @@ def fit(
     """Attach every behaviour in order, take over the saved state if there is one, and run to the end."""
     train_loader, val_loader = loaders
     device, options, checkpoints = train_loader.images.device, config.train, run_dir / "checkpoints"
+    precision = select_precision(config.precision, device)
+    scaler = GradScaler(device.type, enabled=precision == torch.float16)
     # Fused, so that an update can be skipped on the device (see attach_gradient_guard).
     optimizer = torch.optim.SGD(model.parameters(), **config.optimizer.model_dump(), fused=True)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
-    trainer = create_trainer(model, optimizer, loss_fn)
+    trainer = create_trainer(model, create_forward(model, device, precision), optimizer, loss_fn, scaler)
     timer = handlers.EpochTimer(trainer)
     iterations = options.epochs * len(train_loader)
     schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, config.optimizer.lr, iterations)
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
     check_every = 1 if device.type == "cpu" else options.log_every
-    check = handlers.attach_gradient_guard(trainer, model, optimizer, options.clip_grad_norm, check_every)
+    check = handlers.attach_gradient_guard(trainer, model, optimizer, scaler, options.clip_grad_norm, check_every)
     metrics = handlers.attach_metrics(trainer, loss_fn, device)
     state = {"model": model, "optimizer": optimizer, "trainer": trainer, "record": record, "timer": timer}
+    if scaler.is_enabled():
+        state["scaler"] = scaler
     judged = model
     if options.ema_decay:
         judged = state["ema"] = handlers.attach_ema(trainer, model, options.ema_decay)
     attach_progress(trainer, metrics, optimizer, options.log_every)
 
-    evaluator = create_evaluator(judged) if val_loader else None
+    evaluator = create_evaluator(judged, create_forward(judged, device, precision)) if val_loader else None
     if evaluator and val_loader:
         handlers.attach_metrics(evaluator, F.cross_entropy, device)
         handlers.attach_validation(trainer, evaluator, val_loader, optimizer)
@@ -249,7 +254,8 @@ def log_start(
             "%-9s  %s", group, "  ".join(f"{key}={json.dumps(value)}" for key, value in flatten(values).items())
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("%s with %s parameters on %s", config.model.name, f"{parameters:,}", device)
+    precision = str(select_precision(config.precision, device)).removeprefix("torch.")
+    logger.info("%s with %s parameters on %s in %s", config.model.name, f"{parameters:,}", device, precision)
     held_out = config.data.validation
     logger.info("%d images to train on, %d held out for validation", len(images.images) - held_out, held_out)
     logger.info("run folder %s", run_dir)

@@ -144,6 +144,7 @@ BESIDE = {
     "augment.mixup_alpha": (5.0, ["augment.cutmix_p=0", "augment.mixup_p=1"]),
     "data.synthetic.train_size": (100, ["data.source=synthetic", "data.synthetic.train_size=120"]),
     "data.synthetic.seed": (5, ["data.source=synthetic", "data.synthetic.train_size=120"]),
+    "precision": ("bf16", ["precision=fp32"]),
     "train.patience": (1, ["train.epochs=6", "optimizer.lr=1e-9"]),
 }
 # Keys that change where and how a run goes, not what it learns: below, reading them is recorded.

@@ -8,6 +8,7 @@ import torch
 from conftest import row, scored
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from cifar_ignite import handlers
@@ -17,6 +18,7 @@ from cifar_ignite.engines import create_evaluator, create_trainer
 from cifar_ignite.loader import EvalLoader
 from cifar_ignite.reporting import format_seconds
 
+NO_SCALER = GradScaler("cpu", enabled=False)
 CPU = torch.device("cpu")
 
 
@@ -91,8 +93,8 @@ def guarded(batches, max_norm=None, check_every=1):
     model = nn.Linear(2, 1, bias=False)
     nn.init.ones_(model.weight)
     optimizer, norms = sgd(model.parameters(), momentum=0.0), []
-    trainer = create_trainer(model, optimizer, lambda logits, targets: (logits - targets).sum())
-    handlers.attach_gradient_guard(trainer, model, optimizer, max_norm, check_every)
+    trainer = create_trainer(model, model, optimizer, lambda logits, targets: (logits - targets).sum(), NO_SCALER)
+    handlers.attach_gradient_guard(trainer, model, optimizer, NO_SCALER, max_norm, check_every)
     step = optimizer.step
     optimizer.step = lambda: (norms.append(model.weight.grad.norm().item()), step())
     error = None
@@ -139,7 +141,7 @@ def test_losses_and_accuracies_are_means_over_images_also_with_a_smaller_last_ba
     labels = torch.randint(0, 10, (50,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
     loader = EvalLoader(images, labels, batch_size=32, mean=(0.5,) * 3, std=(0.2,) * 3)
-    evaluator = create_evaluator(model)
+    evaluator = create_evaluator(model, model)
     handlers.attach_metrics(evaluator, nn.functional.cross_entropy, CPU)
     got = evaluator.run(loader).metrics
     with torch.no_grad():
@@ -156,7 +158,7 @@ def test_evaluation_is_deterministic_and_changes_nothing():
     ).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images = torch.randn(20, 3, 4, 4)
-    logits = [create_evaluator(model.train()).run([(images, None)]).output[0] for _ in range(2)]
+    logits = [create_evaluator(model.train(), model).run([(images, None)]).output[0] for _ in range(2)]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], model.eval()(images))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -251,7 +253,7 @@ def test_ema_averages_weights_and_statistics_and_shares_no_memory():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     expected = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = sgd(model.parameters())
-    trainer = create_trainer(model, optimizer, nn.functional.mse_loss)
+    trainer = create_trainer(model, model, optimizer, nn.functional.mse_loss, NO_SCALER)
     average = handlers.attach_ema(trainer, model, 0.75)
     trainer.add_event_handler(
         Events.ITERATION_COMPLETED,

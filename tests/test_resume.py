@@ -429,6 +429,19 @@ def test_the_end_tells_whose_the_published_model_is(command, tiny_file, tmp_path
     assert (best.run, best.epoch, best.val_acc) == (first, 2, 0.5)
 
 
+def test_resuming_is_exact_in_half_precision_with_its_gradient_scale(command, tiny_file, tmp_path, monkeypatch):
+    out = tmp_path / "straight"
+    half = {"precision": "fp16"}
+    assert command("train", "--config", tiny_file, *overrides(output_dir=out, **half))[0] == 0
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGTERM)
+        assert command("train", "--config", tiny_file, *overrides(**half))[0] == 143
+    state = load_checkpoint(the_run(tmp_path) / "checkpoints" / "latest_000000006.pt")
+    assert state["scaler"]["_growth_tracker"] + math.log2(65536 / state["scaler"]["scale"]) == 6
+    assert command("train", "--config", tiny_file, *overrides(**half), "--resume", "latest")[0] == 0
+    assert_same_training(next((out / "training_runs").iterdir()), the_run(tmp_path))
+
+
 # --- Diverging ----------------------------------------------------------------------------------------------------
 
 

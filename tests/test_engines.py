@@ -1,0 +1,113 @@
+"""The fast ways of computing a step against the plain one, and training with scaled gradients."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp import GradScaler
+
+from cifar_ignite import handlers
+from cifar_ignite.engines import create_forward, create_trainer, select_precision
+from cifar_ignite.models import create_model
+
+CPU = torch.device("cpu")
+
+
+def step(model, images, labels, precision=torch.float32, fused=True):
+    """One update of a copy of the model; returns its logits and the change of its weights, as one vector."""
+    model = copy.deepcopy(model)
+    before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
+    scaler = GradScaler("cpu", enabled=precision == torch.float16)
+    trainer = create_trainer(model, create_forward(model, CPU, precision), optimizer, F.cross_entropy, scaler)
+    if fused:
+        handlers.attach_gradient_guard(trainer, model, optimizer, scaler, None, 1)
+    logits, _ = trainer.run([(images, labels)]).output
+    after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return logits, after - before
+
+
+@pytest.fixture(scope="module")
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
+
+
+@pytest.fixture(scope="module", params=["se_resnet", "stochastic_resnet"])
+def model(request):
+    torch.manual_seed(0)
+    options = {"drop_path_rate": 0.0} if request.param == "stochastic_resnet" else {}
+    return create_model(request.param, num_classes=10, width=8, dropout=0.0, **options)
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_channels_last_and_fused_update_equal_the_plain_step(model, batch):
+    """In float64, for in float32 a rounding that crosses the kink of a ReLU changes the gradient by up to 1%."""
+    model, images, labels = copy.deepcopy(model).double(), batch[0].double(), batch[1]
+    plain = step(model, images, labels, fused=False)
+    model.to(memory_format=torch.channels_last)
+    fast = step(model, images.contiguous(memory_format=torch.channels_last), labels)
+    assert relative(fast[0], plain[0]) < 1e-6
+    assert relative(fast[1], plain[1]) < 1e-6
+
+
+@pytest.mark.parametrize(("precision", "logits", "update"), [(torch.bfloat16, 0.05, 0.5), (torch.float16, 0.01, 0.2)])
+def test_half_precision_is_near_the_plain_step(model, batch, precision, logits, update):
+    """bf16 keeps 8 bits of a value and fp16 11; the gradient of one small batch also crosses kinks of ReLUs.
+
+    A wrong gradient of the same length would be off by 1.4.
+    """
+    plain, half = step(model, *batch), step(model, *batch, precision)
+    assert half[0].dtype == torch.float32
+    assert 0 < relative(half[0], plain[0]) < logits
+    assert 0 < relative(half[1], plain[1]) < update
+
+
+def test_precision_follows_the_configuration_and_the_device(monkeypatch):
+    assert [select_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert select_precision("auto", CPU) == expected
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert select_precision("auto", torch.device("cuda")) == torch.float32
+
+
+def scaled_run(values, init_scale):
+    """Train one weight on gradients of these values; returns weight, scale and the error."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = GradScaler("cpu", init_scale=init_scale)
+    trainer = create_trainer(model, model, optimizer, lambda logits, _: logits.sum(), scaler)
+    handlers.attach_gradient_guard(trainer, model, optimizer, scaler, None, 1)
+    error = None
+    try:
+        trainer.run([(torch.full((1, 1), value), None) for value in values])
+    except handlers.NonFiniteError as raised:
+        error = str(raised)
+    return model.weight.item(), scaler.get_scale(), error
+
+
+def test_an_overflow_lowers_the_scale_and_training_goes_on():
+    weight, scale, error = scaled_run([1.0, math.inf, 1.0], init_scale=1024.0)
+    assert error is None
+    assert weight == pytest.approx(0.8)
+    assert scale == 512.0
+
+
+def test_overflow_at_a_scale_of_one_stops_and_names_the_first_of_the_row():
+    weight, scale, error = scaled_run([1.0, math.nan, 1.0, *[math.nan] * 20], init_scale=4.0)
+    assert "iteration 4, lr 0.1" in error
+    assert weight == pytest.approx(0.8)
+    assert scale == 1.0
