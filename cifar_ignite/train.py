@@ -175,7 +175,7 @@ def create_loaders(config: Config, images: Images, device: torch.device) -> tupl
     train_rows, val_rows = split_validation(labels, config.data.validation, config.data.split_seed)
 
     def on_device(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return images.images[rows].to(device), labels[rows].to(device)
+        return images.images.index_select(0, rows).to(device), labels[rows].to(device)
 
     train_loader = TrainLoader(
         *on_device(train_rows),
