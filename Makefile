@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train evaluate models test lint format
+.PHONY: help install demo train evaluate models bench test lint format
 
 # An activated conda or virtual environment that holds the package is used; otherwise .venv is built once.
 PYTHON ?= python3
@@ -44,6 +44,9 @@ evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default
 
 models: $(environment) ## List the models with their parameters and multiply-adds
 	@$(run) -m cifar_ignite models
+
+bench: $(environment) ## Measure images a second against the limit and a tutorial's loop: MODEL= SET= OUT=file
+	$(run) -m benchmarks.throughput --config 'configs/$(call escape,$(recipe)).json'$(overrides)$(call option,OUT,out)
 
 test: $(environment) ## Run the tests
 	@$(run) -c 'import pytest' || { echo "the active environment lacks the tools: pip install -e '.[dev]'" >&2; exit 2; }

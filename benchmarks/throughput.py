@@ -40,10 +40,17 @@ from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
 from cifar_ignite.config import AugmentConfig, Config, InputError, load_config
 from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images
-from cifar_ignite.engines import Forward, create_forward, create_trainer, select_device, select_precision
+from cifar_ignite.engines import (
+    Forward,
+    create_forward,
+    create_trainer,
+    pays_to_compile,
+    select_device,
+    select_precision,
+)
 from cifar_ignite.loader import EvalLoader, TrainLoader
 from cifar_ignite.models import create_model
-from cifar_ignite.train import build_model, create_loaders
+from cifar_ignite.train import build_model, create_loaders, create_training_forward
 
 Turn = Callable[[], int]
 """Does some work and returns how many images it was."""
@@ -67,7 +74,8 @@ class Setup:
         self.config, self.device = config, select_device(config.device)
         self.loader, _ = create_loaders(config, images, self.device)
         self.model = build_model(config, self.device)
-        self.forward = self.create_forward(self.model)
+        iterations = config.train.epochs * len(self.loader)
+        self.forward = create_training_forward(config, self.model, self.loader, self.precision, iterations)
         self.optimizer = torch.optim.SGD(self.model.parameters(), **config.optimizer.model_dump(), fused=True)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         self.scaler = GradScaler(self.device.type, enabled=self.precision == torch.float16)
@@ -75,9 +83,6 @@ class Setup:
     @property
     def precision(self) -> torch.dtype:
         return select_precision(self.config.precision, self.device)
-
-    def create_forward(self, model: nn.Module) -> Forward:
-        return create_forward(model, self.device, self.precision)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches without end."""
@@ -162,12 +167,13 @@ def evaluation_turn(setup: Setup, iterations: int) -> Turn:
     count, augment = iterations * setup.config.data.batch_size, setup.config.augment
     images = setup.loader.images[torch.arange(count, device=setup.device) % len(setup.loader.images)]
     loader = EvalLoader(images, None, batch_size=setup.config.data.batch_size, mean=augment.mean, std=augment.std)
+    forward = create_forward(setup.model, setup.device, setup.precision)
 
     @torch.inference_mode()
     def turn() -> int:
         setup.model.eval()
         for batch, _ in loader:
-            setup.forward(batch)
+            forward(batch)
         setup.model.train()
         return count
 
@@ -375,7 +381,9 @@ def scale_batches(config: Config, images: Images, sizes: list[int], seconds: flo
     """The project's iteration at several batch sizes, in turns of about equally many images."""
     turns = {}
     for size in sizes:
-        resized = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": size})})
+        # Eager: each size would have to be compiled.
+        data = config.data.model_copy(update={"batch_size": size})
+        resized = config.model_copy(update={"data": data, "compile": "off"})
         turns[f"batch {size}"] = project_turn(Setup(resized, images), max(1, max(sizes) // size))
     return measure(turns, select_device(config.device), seconds)
 
@@ -457,8 +465,14 @@ def main() -> int:
 
     precision = str(select_precision(config.precision, device)).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-    title = f"{config.model.name}, batch {config.data.batch_size}, {precision}, {where}, torch {torch.__version__}"
-    print(title, *(f"{name}: {count / 1e6:.0f} MB above imports" for name, count in memory.items()), sep="\n")
+    iterations = config.train.epochs * (options.images // config.data.batch_size)
+    compiled = "compiled" if pays_to_compile(config.compile, device, iterations) else "eager"
+    title = f"{config.model.name}, batch {config.data.batch_size}, {precision}, {compiled}, {where}"
+    print(
+        f"{title}, torch {torch.__version__}",
+        *(f"{name}: {count / 1e6:.0f} MB above imports" for name, count in memory.items()),
+        sep="\n",
+    )
     for shown in (rates, batches):
         if shown is not None:
             print(f"\n{shown.to_string(index=False, float_format='{:,.0f}'.format)}")
@@ -470,6 +484,7 @@ def main() -> int:
     result = {
         "title": title,
         "python": platform.python_version(),
+        "torch": torch.__version__,
         "config": config.model_dump(mode="json"),
         "peak_memory_bytes": memory,
         "images_per_second": rates.to_dict("records"),

@@ -4,6 +4,7 @@ The training step is the same few lines whatever hangs on it: clipping, schedule
 (handlers.py). Steps return tensors on the device and never wait for it.
 """
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from cifar_ignite.config import InputError
+from cifar_ignite.config import InputError, RunFailedError
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[[Tensor], Tensor]
+
+# Iterations of a CPU training after which compiling has paid (benchmarks/PROFILE.md). On a GPU auto leaves it off.
+COMPILE_PAYS_AFTER = 2_000
 
 
 class TrainingEvents(EventEnum):
@@ -48,14 +52,68 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def create_forward(model: nn.Module, device: torch.device, precision: torch.dtype) -> Forward:
-    """The model as a function from images to float32 logits, computed by torch.autocast in `precision`."""
+def create_forward(
+    model: nn.Module, device: torch.device, precision: torch.dtype, *, compiled_batch: int = 0
+) -> Forward:
+    """The model as a function from images to float32 logits, computed by torch.autocast in `precision`.
+
+    Args:
+        compiled_batch: batches of this size go through torch.compile (see `compile_model`), all others, such as the
+            smaller last one of an epoch, through the model as it is; 0 compiles nothing.
+    """
+    compiled = compile_model(model, device) if compiled_batch else model
 
     def forward(images: Tensor) -> Tensor:
+        network = compiled if len(images) == compiled_batch else model
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            return model(images).float()
+            return network(images).float()
 
     return forward
+
+
+def pays_to_compile(name: str, device: torch.device, iterations: int) -> bool:
+    """auto compiles where that was measured to pay: on a CPU, once a training is long enough to win the time back."""
+    return name == "on" or (name == "auto" and device.type == "cpu" and iterations >= COMPILE_PAYS_AFTER)
+
+
+def compile_model(model: nn.Module, device: torch.device) -> Forward:
+    """The model through torch.compile; on a GPU its kernels are launched as one CUDA graph."""
+    # Not in place (nn.Module.compile): the model itself stays as it is for other batch sizes, and its state dict too.
+    if device.type != "cuda":
+        return torch.compile(model, dynamic=False)
+    graph = torch.compile(model, dynamic=False, mode="reduce-overhead")
+
+    def replay(images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        # A graph writes its output to the same memory each time.
+        return graph(images).clone()
+
+    return replay
+
+
+def warm_up(model: nn.Module, forward: Forward, images: Tensor) -> float:
+    """Have `forward` compiled by training passes on `images` that leave no trace in the model.
+
+    Returns:
+        The seconds that it took.
+
+    Raises:
+        RunFailedError: compilation fails; the model is as it was.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    started = time.monotonic()
+    try:
+        model.train()
+        for _ in range(3):  # a CUDA graph is recorded in the second pass
+            forward(images).sum().backward()
+    except Exception as error:  # the compilers, of torch and of the system, raise nearly anything
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RunFailedError(f"torch.compile fails here ({reason}); take compile=off") from None
+    finally:
+        model.zero_grad()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    return time.monotonic() - started
 
 
 def create_trainer(

@@ -21,6 +21,7 @@ FREE_TO_CHANGE = {
     "experiment",
     "output_dir",
     "device",
+    "compile",
     "data.root",
     "train.checkpoint_every",
     "train.save_every_seconds",

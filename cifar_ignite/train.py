@@ -27,7 +27,16 @@ from cifar_ignite.checkpoints import (
 )
 from cifar_ignite.config import Config, InputError, RunFailedError, flatten
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, split_validation
-from cifar_ignite.engines import create_evaluator, create_forward, create_trainer, select_device, select_precision
+from cifar_ignite.engines import (
+    Forward,
+    create_evaluator,
+    create_forward,
+    create_trainer,
+    pays_to_compile,
+    select_device,
+    select_precision,
+    warm_up,
+)
 from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed
 from cifar_ignite.models import create_model
 from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
@@ -97,9 +106,10 @@ def fit(
     # Fused, so that an update can be skipped on the device (see attach_gradient_guard).
     optimizer = torch.optim.SGD(model.parameters(), **config.optimizer.model_dump(), fused=True)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
-    trainer = create_trainer(model, create_forward(model, device, precision), optimizer, loss_fn, scaler)
-    timer = handlers.EpochTimer(trainer)
     iterations = options.epochs * len(train_loader)
+    forward = create_training_forward(config, model, train_loader, precision, iterations)
+    trainer = create_trainer(model, forward, optimizer, loss_fn, scaler)
+    timer = handlers.EpochTimer(trainer)
     schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, config.optimizer.lr, iterations)
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
     check_every = 1 if device.type == "cpu" else options.log_every
@@ -166,6 +176,30 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
     model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
     return model.to(device).to(memory_format=torch.channels_last)
+
+
+def create_training_forward(
+    config: Config, model: nn.Module, loader: TrainLoader, precision: torch.dtype, iterations: int
+) -> Forward:
+    """The forward pass of training, compiled if the configuration wants it.
+
+    Raises:
+        RunFailedError: compilation fails, and was asked for (compile=on).
+    """
+    device, size = loader.images.device, loader.batch_size
+    eager = create_forward(model, device, precision)
+    if size > len(loader.images) or not pays_to_compile(config.compile, device, iterations):
+        return eager
+    forward = create_forward(model, device, precision, compiled_batch=size)
+    images = torch.zeros(size, *loader.images.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
+    try:
+        logger.info("compiled in %.0f s", warm_up(model, forward, images))
+    except RunFailedError as error:
+        if config.compile == "on":
+            raise
+        logger.warning("%s; going on without it", error)
+        return eager
+    return forward
 
 
 def create_loaders(config: Config, images: Images, device: torch.device) -> tuple[TrainLoader, EvalLoader | None]:

@@ -61,7 +61,7 @@ def test_a_byte_order_mark_is_harmless(tmp_path):
     [
         ("augment.cutmix_P=0", "unknown key augment.cutmix_P: did you mean cutmix_p?"),
         ("optimiser.lr=1", "unknown key optimiser: did you mean optimizer?"),
-        ("zzz=1", "unknown key zzz: known: augment, data, device"),
+        ("zzz=1", "unknown key zzz: known: augment, compile, data, device"),
         ("data.synthetic.sed=1", "unknown key data.synthetic.sed: did you mean seed?"),
         ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, got -1"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number, got 'fast'"),
@@ -152,6 +152,7 @@ READ = {
     "experiment",
     "output_dir",
     "device",
+    "compile",
     "data.root",
     "data.synthetic.test_size",
     "train.log_every",

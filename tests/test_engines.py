@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.amp import GradScaler
 
-from cifar_ignite import handlers
-from cifar_ignite.engines import create_forward, create_trainer, select_precision
+from cifar_ignite import engines, handlers
+from cifar_ignite.engines import create_forward, create_trainer, pays_to_compile, select_precision, warm_up
 from cifar_ignite.models import create_model
 
 CPU = torch.device("cpu")
@@ -111,3 +111,50 @@ def test_overflow_at_a_scale_of_one_stops_and_names_the_first_of_the_row():
     assert "iteration 4, lr 0.1" in error
     assert weight == pytest.approx(0.8)
     assert scale == 1.0
+
+
+# --- Compiling ----------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_step_equals_the_eager_one_and_warming_up_leaves_no_trace(batch):
+    torch.manual_seed(0)
+    model = create_model("se_resnet", num_classes=10, width=4, dropout=0.0)
+    before = copy.deepcopy(model.state_dict())
+    forward = create_forward(model, CPU, torch.float32, compiled_batch=16)
+    assert warm_up(model, forward, torch.zeros(16, 3, 32, 32)) > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    eager = copy.deepcopy(model).train()
+    model.train()
+    assert relative(forward(batch[0]), eager(batch[0])) < 1e-5
+    assert relative(model.stem[1].running_mean, eager.stem[1].running_mean) < 1e-5
+    # Other batch sizes, such as the last one's, are not compiled.
+    assert torch.equal(forward(batch[0][:5]), eager(batch[0][:5]))
+
+
+def test_compiling_pays_on_a_cpu_for_long_trainings():
+    cuda = torch.device("cuda")
+    assert [pays_to_compile("auto", CPU, iterations) for iterations in (1_999, 2_000)] == [False, True]
+    assert not pays_to_compile("auto", cuda, 10**6)
+    assert pays_to_compile("on", cuda, 1)
+    assert not pays_to_compile("off", CPU, 10**6)
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_failing_compiler_stops_a_run_only_if_compiling_was_asked_for(command, tiny_file, monkeypatch, mode):
+    def broken(model, **options):
+        def call(images):
+            raise RuntimeError("no compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(engines, "COMPILE_PAYS_AFTER", 1)
+    status, out, err = command("train", "--config", tiny_file, "--set", f"compile={mode}")
+    message = "torch.compile fails here (no compiler); take compile=off"
+    if mode == "on":
+        assert status == 1
+        assert err.startswith(f"cifar_ignite: {message}")
+    else:
+        assert status == 0
+        assert f"{message}; going on without it" in out
