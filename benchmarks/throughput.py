@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -83,6 +84,10 @@ class Setup:
     @property
     def precision(self) -> torch.dtype:
         return select_precision(self.config.precision, self.device)
+
+    @property
+    def is_compiled(self) -> bool:
+        return pays_to_compile(self.config.compile, self.device, self.config.train.epochs * len(self.loader))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches without end."""
@@ -306,14 +311,25 @@ def table(rates: dict[str, list[float]]) -> pd.DataFrame:
     )
 
 
+def profile(setup: Setup) -> str:
+    """Where the time of four whole iterations goes: the operators that cost most in themselves."""
+    turn = project_turn(setup, 4)
+    turn()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setup.device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        turn()
+        synchronize(setup.device)
+    column = "self_cuda_time_total" if setup.device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60)
+
+
 def peak_memory() -> int:
     """Bytes: the most that this process has had resident."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compare(config: Config, images: Images, iterations: int, seconds: float) -> dict[str, list[float]]:
+def compare(setup: Setup, images: Images, iterations: int, seconds: float) -> dict[str, list[float]]:
     """The rows of the comparison, measured in turns."""
-    setup = Setup(config, images)
     light = 10 * iterations
     turns = {
         "(a) this project": project_turn(setup, iterations),
@@ -324,6 +340,10 @@ def compare(config: Config, images: Images, iterations: int, seconds: float) -> 
         "(f) bare step in an Engine": engine_turn(setup, iterations),
         "evaluation": evaluation_turn(setup, iterations),
     }
+    if setup.is_compiled:
+        turns["(b) not compiled"] = limit_turn(
+            Setup(setup.config.model_copy(update={"compile": "off"}), images), iterations
+        )
     with contextlib.suppress(ImportError):
         turns["(d) Kornia"] = kornia_turn(setup, iterations)
     return measure(turns, setup.device, seconds)
@@ -435,6 +455,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for the comparison (default: %(default)s)")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--dataset-sizes", type=int, nargs="*", default=[5_000, 10_000, 25_000, 50_000])
+    parser.add_argument("--profile", action="store_true", help="also print where the time of (a) goes, by operator")
     parser.add_argument("--out", type=Path, help="names FILE.json and FILE.png (default: in a temporary folder)")
     options = parser.parse_args()
     try:
@@ -444,12 +465,13 @@ def main() -> int:
         parser.exit(2, f"throughput: {error}\n")
     imported = peak_memory()
     images = random_images(options.images)
-    project_turn(Setup(config, images), 3)()
+    setup = Setup(config, images)
+    project_turn(setup, 3)()
     memory = {"cpu": peak_memory() - imported}
     if device.type == "cuda":
         memory["cuda"] = torch.cuda.max_memory_allocated(device)
 
-    rates = table(compare(config, images, options.iterations, options.seconds))
+    rates = table(compare(setup, images, options.iterations, options.seconds))
     rate = rates.set_index("what")["images/s"]
     ratios = {
         "(a) / (b)": rate["(a) this project"] / rate["(b) bare step, the limit"],
@@ -465,8 +487,7 @@ def main() -> int:
 
     precision = str(select_precision(config.precision, device)).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-    iterations = config.train.epochs * (options.images // config.data.batch_size)
-    compiled = "compiled" if pays_to_compile(config.compile, device, iterations) else "eager"
+    compiled = "compiled" if setup.is_compiled else "eager"
     title = f"{config.model.name}, batch {config.data.batch_size}, {precision}, {compiled}, {where}"
     print(
         f"{title}, torch {torch.__version__}",
@@ -477,6 +498,8 @@ def main() -> int:
         if shown is not None:
             print(f"\n{shown.to_string(index=False, float_format='{:,.0f}'.format)}")
     print("\n" + "\n".join(f"{name:35} {value:6.2f}" for name, value in ratios.items()))
+    if options.profile:
+        print(profile(setup))
     print("\npipeline, seconds an epoch: " + ", ".join(f"{name} {value:.3f}" for name, value in epochs.items()))
 
     out = options.out or Path(tempfile.mkdtemp()) / "throughput"

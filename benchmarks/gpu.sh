@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Everything that is worth measuring on a machine with a GPU, in one command of at most ten minutes, without a network:
+#
+#   benchmarks/gpu.sh OUT DATA
+#
+# OUT gets JSON files, pictures and logs. DATA holds cifar-10-batches-py, or is cifar-10-python.tar.gz.
+# Variables: PYTHON (python3); LIMIT, seconds in all (570); BENCH, seconds a comparison (40); IMAGES (50000);
+# ITERATIONS a turn (20); EPOCHS of each accuracy run (30); RUNS, "recipe:seed" in order, as many as fit;
+# UNPACK, a command that writes cifar-10-batches-py into the folder that is appended to it (then DATA is that folder).
+# Whatever fails is told and the rest goes on; the exit status is 1 if anything failed.
+set -uo pipefail
+out=$(mkdir -p "${1:?OUT DATA}" && cd "$1" && pwd) || exit 2
+data=${2:?OUT DATA}
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-40} failed=0
+runs=${RUNS:-se:0 stochastic:0 se:1 stochastic:1 se:2 stochastic:2}
+
+attempt() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.log; never longer than the time left
+	local name=$1 left=$((limit - SECONDS))
+	shift
+	if ((left < 20)); then
+		echo "== $name: no time left"
+		return
+	fi
+	echo "== $name (after $SECONDS s)"
+	timeout --signal=INT --kill-after=15 "$((left - 15))" "$@" 2>&1 | tee "$out/$name.log"
+	local status=${PIPESTATUS[0]}
+	((status == 0)) || { echo "== $name: exit status $status"; failed=1; }
+}
+
+if [[ -n ${UNPACK:-} ]]; then
+	attempt unpack $UNPACK "$data"
+elif [[ -f $data ]]; then
+	mkdir -p "$out/.data" && attempt unpack tar -xzf "$data" -C "$out/.data"
+	data=$out/.data
+fi
+"$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")' |
+	tee "$out/machine.txt"
+
+for case in "128:off" "128:on" "512:off" "512:on"; do
+	batch=${case%:*} compile=${case#*:}
+	# The batch sizes are scaled once.
+	sizes=(--batch-sizes --dataset-sizes)
+	[[ $case == 128:off ]] && sizes=()
+	attempt "throughput_${batch}_${compile}" "$python" -m benchmarks.throughput --images "${IMAGES:-50000}" \
+		--iterations "${ITERATIONS:-20}" --seconds "$bench" --profile --out "$out/throughput_${batch}_${compile}" \
+		--set "data.batch_size=$batch" --set "compile=$compile" "${sizes[@]}" ${SET:+--set "$SET"}
+done
+
+for run in $runs; do
+	recipe=${run%:*} seed=${run#*:}
+	attempt "train_${recipe}_${seed}" "$python" -m cifar_ignite train --config "configs/$recipe.json" \
+		--set "train.epochs=${EPOCHS:-30}" --set "seed=$seed" --set "data.root=$data" --set "output_dir=$out/.runs" \
+		--set "experiment=${recipe}_${seed}" --set data.validation=0 ${SET:+--set "$SET"}
+	# One scoring of the test set; a run that was cut short has no model to score.
+	[[ -f $out/.runs/best_models/${recipe}_${seed}_val_acc_none_best.pth ]] &&
+		attempt "test_${recipe}_${seed}" "$python" -m cifar_ignite evaluate --model "${recipe}_${seed}" \
+			--set "data.root=$data" --set "output_dir=$out/.runs"
+done
+grep -H "test accuracy" "$out"/test_*.log
+exit "$failed"
