@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -71,8 +72,11 @@ def read_cifar10(root: Path, *, train: bool) -> Images:
     checksums = dict(CIFAR10.train_list if train else CIFAR10.test_list)
     if missing := [name for name in checksums if not (folder / name).exists()]:
         raise InputError(f"{folder / missing[0]}: no such file; remove {folder} to have CIFAR-10 downloaded anew")
-    parts = [_read_labelled_batch(folder / name) for name in checksums]
-    if strangers := [name for name, md5 in checksums.items() if _md5(folder / name) != md5]:
+    with ThreadPoolExecutor() as pool:  # hashing takes most of the time, and lets other threads run
+        md5s = pool.map(_md5, [folder / name for name in checksums])
+        parts = [_read_labelled_batch(folder / name) for name in checksums]
+        strangers = [name for (name, official), md5 in zip(checksums.items(), md5s, strict=True) if md5 != official]
+    if strangers:
         logger.warning(
             "%s: well-formed, but not the official files (md5 of %s differs); accuracies are not comparable to "
             "published ones",

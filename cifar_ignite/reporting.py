@@ -19,7 +19,6 @@ from tensorboardX.summary import scalar
 from torch.optim import Optimizer
 
 from cifar_ignite.checkpoints import Row, RunRecord, replacing
-from cifar_ignite.figures import draw_history
 
 PLAIN_LINE_SECONDS = 60
 
@@ -114,6 +113,8 @@ def attach_reports(trainer: Engine, record: RunRecord, logs: Path, figures_every
     clock = {"start": time.monotonic(), "epoch": 0}
 
     def draw() -> None:
+        from cifar_ignite.figures import draw_history  # matplotlib takes long to import: not before the first iteration
+
         tolerant("figures", lambda: draw_history(record.history, logs / "figures"))
 
     def start(engine: Engine) -> None:

@@ -14,7 +14,7 @@ from conftest import assert_same_training, snapshot, the_run
 from ignite.engine import Engine, Events
 
 from benchmarks import faults
-from cifar_ignite import checkpoints, handlers, reporting, train
+from cifar_ignite import checkpoints, figures, handlers, reporting, train
 from cifar_ignite.checkpoints import load_checkpoint
 from cifar_ignite.signals import StopFlag, StopRequested, stop_flag
 
@@ -321,7 +321,7 @@ def test_logs_that_cannot_be_written_warn_once_and_the_training_goes_on(
 ):
     with monkeypatch.context() as patched:
         patched.setattr(reporting, "write_history", failing)
-        patched.setattr(reporting, "draw_history", failing)
+        patched.setattr(figures, "draw_history", failing)
         patched.setattr(reporting.EventsWriter, "write_event", failing)
         patched.setattr(train.logging, "FileHandler", failing)
         status, out, err = command("train", "--config", tiny_file, *overrides())
