@@ -39,8 +39,8 @@ demo: $(environment) ## Set up, train and evaluate on the embedded data: no down
 train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH
 	$(run) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
-evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE=
-	$(run) -m cifar_ignite evaluate$(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)$(call option,TEST_FILE,test-file)$(overrides)
+evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE= TTA=1|shift
+	$(run) -m cifar_ignite evaluate$(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)$(call option,TEST_FILE,test-file)$(if $(value TTA), --tta '$(call escape,$(patsubst 1,flip,$(value TTA)))')$(overrides)
 
 models: $(environment) ## List the models with their parameters and multiply-adds
 	@$(run) -m cifar_ignite models

@@ -368,7 +368,7 @@ def kornia_turn(setup: Setup, iterations: int) -> Turn:
     )
     cutmix = v2.CutMix(num_classes=NUM_CLASSES, alpha=config.cutmix_alpha)
 
-    def pipeline(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def pipeline(images: Tensor, labels: Tensor, epoch: int, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         images = augment(images.float() / 255)
         targets = F.one_hot(labels, NUM_CLASSES).float()
         if torch.rand(()) < config.cutmix_p:
@@ -412,7 +412,7 @@ def scale_dataset(config: Config, images: Images, sizes: list[int]) -> dict[str,
     """Seconds of the pipeline for one epoch over so many images: linear if nothing grows faster than the data."""
     device = select_device(config.device)
     assert images.labels is not None, "the benchmark's images have labels"
-    augment = create_augment(config.augment, NUM_CLASSES)
+    augment = create_augment(config.augment, NUM_CLASSES, config.train.epochs)
     seconds: dict[str, list[float]] = {f"{size} images": [] for size in sizes}
     for _ in range(4):
         for size in sizes:

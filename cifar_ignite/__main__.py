@@ -92,6 +92,11 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--test-file", type=Path, metavar="PATH", help="unlabelled competition pickle, in place of the test set"
     )
+    command.add_argument(
+        "--tta",
+        choices=("flip", "shift"),
+        help="also evaluate the mean over views of each image: mirrored, or mirrored and moved by one pixel",
+    )
     _add_overrides(command)
     command.set_defaults(command=_evaluate)
 
@@ -123,7 +128,7 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from cifar_ignite.evaluate import evaluate
 
-    evaluate(options.checkpoint, options.model, options.test_file, options.overrides)
+    evaluate(options.checkpoint, options.model, options.test_file, options.overrides, options.tta)
 
 
 def _models(options: argparse.Namespace) -> None:

@@ -18,28 +18,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from cifar_ignite.config import AugmentConfig
 
-Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Augment = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
+
+# What `augment.off_fraction` leaves: flip and crop.
+OFF = {
+    "rotation_degrees": 0.0,
+    "perspective_p": 0.0,
+    "brightness": 0.0,
+    "contrast": 0.0,
+    "saturation": 0.0,
+    "hue": 0.0,
+    "trivial_augment": "off",
+    "erasing_p": 0.0,
+    "cutout_size": 0,
+    "cutmix_p": 0.0,
+    "mixup_p": 0.0,
+}
 
 
-def create_augment(config: AugmentConfig, num_classes: int) -> Augment:
+def create_augment(config: AugmentConfig, num_classes: int, epochs: int) -> Augment:
     """The augmentation pipeline of the configuration.
 
-    Returns:
-        A function of images, uint8 (B, 3, H, W), and labels, int64 (B,), that returns normalised float images
-        (B, 3, H, W) in channels_last and targets, float (B, num_classes), each row a distribution over the classes.
-    """
+    Args:
+        config: what is done, and how strongly.
+        num_classes: columns of the targets.
+        epochs: of the whole training; in its last `off_fraction`, only flip and crop are done.
 
-    def augment(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    Returns:
+        A function of images, uint8 (B, 3, H, W), labels, int64 (B,), the epoch (from 0), and mirrored, bool (B,), which
+        says whose turn it is to be mirrored by the alternating flip. It returns normalised float images (B, 3, H, W)
+        in channels_last and targets, float (B, num_classes), each row a distribution over the classes.
+    """
+    strong, gentle = create_pipeline(config, num_classes), create_pipeline(config.model_copy(update=OFF), num_classes)
+
+    def augment(images: Tensor, labels: Tensor, epoch: int, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        pipeline = strong if epoch < round(epochs * (1 - config.off_fraction)) else gentle
+        return pipeline(images, labels, mirrored)
+
+    return augment
+
+
+def create_pipeline(
+    config: AugmentConfig, num_classes: int
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What `create_augment` returns, without the epochs."""
+
+    def pipeline(images: Tensor, labels: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         batch, height, device = len(images), images.shape[-1], images.device
         images = to_float(images)
         if config.crop_padding:
             images = crop(
                 images, random_offsets(batch, config.crop_padding, device), config.crop_padding, config.crop_mode
             )
-        images = flip(images, random_choice(batch, config.flip_p, device))
+        # Alternating flip (Jordan, 2024, arXiv:2404.00498): what is mirrored in one epoch is not in the next.
+        alternating = config.flip_mode == "alternating"
+        images = flip(images, mirrored if alternating else random_choice(batch, config.flip_p, device))
         if config.rotation_degrees or config.perspective_p:
             matrices = rotation_matrices(
                 random_uniform(batch, -config.rotation_degrees, config.rotation_degrees, device)
@@ -48,6 +85,8 @@ def create_augment(config: AugmentConfig, num_classes: int) -> Augment:
             # The perspective is seen last, so going from the output back to the input it comes first.
             images = warp(images, matrices @ perspective_matrices(corners, height))
         images = random_color(images, config)
+        if config.trivial_augment != "off":
+            images = trivial_augment(images, *random_ops(batch, device), TRIVIAL_SPACES[config.trivial_augment])
         images = normalize(images, config.mean, config.std)
         if config.erasing_p:
             images = erase(
@@ -59,7 +98,7 @@ def create_augment(config: AugmentConfig, num_classes: int) -> Augment:
         images, targets = random_mix(images, labels, config, num_classes)
         return images.contiguous(memory_format=torch.channels_last), targets
 
-    return augment
+    return pipeline
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -248,6 +287,14 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
     return torch.addcmul(value[:, None], chroma[:, None], turns.abs_().mul_(-6).add_(2).clamp_(0, 1), value=-1)
 
 
+def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
+    """Move away from a smoothed image by `factors`, float (B,): 0 is the smoothed, 1 the image; the rim stays."""
+    kernel = constant(((1, 1, 1), (1, 5, 1), (1, 1, 1)), images.device).div(13).expand(3, 1, 3, 3)
+    smoothed = images.clone()
+    smoothed[..., 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
+    return _blend(images, smoothed, factors)
+
+
 def _grey(images: Tensor) -> Tensor:
     """Luma (B, 1, H, W) with ITU-R 601-2 weights."""
     red, green, blue = images.unbind(1)
@@ -257,6 +304,103 @@ def _grey(images: Tensor) -> Tensor:
 def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
     factors = factors[:, None, None, None]
     return (images * factors).add_(others * (1 - factors)).clamp_(0, 1)
+
+
+# --- TrivialAugment -----------------------------------------------------------------------------------------------
+
+OPS = (
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "saturation",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+)
+STRENGTHS = 31
+# The greatest magnitude of each operation that has one: slopes, shares of the image's size, degrees, distances of a
+# factor from 1, bits that are lost. "wide" is the paper's own space and torchvision's TrivialAugmentWide; "standard" is
+# that of torchvision's RandAugment, gentler.
+TRIVIAL_SPACES = {
+    "wide": {"shear": 0.99, "translate": 1.0, "rotate": 135.0, "factor": 0.99, "bits": 6},
+    "standard": {"shear": 0.3, "translate": 150 / 331, "rotate": 30.0, "factor": 0.9, "bits": 4},
+}
+
+
+def random_ops(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """One operation an image, each as likely: its index in `OPS`, int64 (B,), its strength, int64 (B,) in
+    [0, STRENGTHS), and its sign, float (B,), -1 or 1.
+    """
+    ops = torch.randint(len(OPS), (batch,), device=device)
+    strengths = torch.randint(STRENGTHS, (batch,), device=device)
+    signs = torch.randint(2, (batch,), device=device) * 2.0 - 1
+    return ops, strengths, signs
+
+
+def trivial_augment(images: Tensor, ops: Tensor, strengths: Tensor, signs: Tensor, space: dict[str, float]) -> Tensor:
+    """TrivialAugment (Mueller and Hutter, 2021, arXiv:2103.10158): one operation an image.
+
+    Every operation is done to the whole batch, with parameters that leave the images alone that have not drawn it: so
+    nothing waits for the device to tell which were drawn. Geometry resamples bilinearly, and what comes from outside
+    of the image is black.
+
+    Args:
+        images: float (B, 3, H, W) in [0, 1].
+        ops, strengths, signs: see `random_ops`.
+        space: the greatest magnitudes, of `TRIVIAL_SPACES`.
+    """
+    size, share = images.shape[-1], strengths / (STRENGTHS - 1)
+
+    def drawn(op: str) -> Tensor:
+        return ops == OPS.index(op)
+
+    def magnitude(op: str, greatest: float) -> Tensor:
+        return drawn(op) * signs * share * greatest
+
+    shear_x, shear_y = magnitude("shear_x", space["shear"]), magnitude("shear_y", space["shear"])
+    move_x = magnitude("translate_x", space["translate"] * size).trunc()
+    move_y = magnitude("translate_y", space["translate"] * size).trunc()
+    matrices = rotation_matrices(magnitude("rotate", space["rotate"]))
+    matrices[:, 0, 1] += shear_x
+    matrices[:, 1, 0] += shear_y
+    # Sheared about the corner at (-size / 2, -size / 2), as in AutoAugment.
+    matrices[:, 0, 2] = shear_x * size / 2 - move_x
+    matrices[:, 1, 2] = shear_y * size / 2 - move_y
+    images = warp(images, matrices)
+    for op, adjust in (
+        ("brightness", adjust_brightness),
+        ("saturation", adjust_saturation),
+        ("contrast", adjust_contrast),
+        ("sharpness", adjust_sharpness),
+    ):
+        images = adjust(images, 1 + magnitude(op, space["factor"]))
+    images = posterize(images, 8 - (drawn("posterize") * share * space["bits"]).round())
+    images = solarize(images, torch.where(drawn("solarize"), 1 - share, 2))
+    images = _choose(drawn("autocontrast")[:, None, None, None], functional.autocontrast(images), images)
+    return _choose(drawn("equalize")[:, None, None, None], functional.equalize(images), images)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the upper `bits`, float (B,) of whole numbers in [0, 8], of the 8 that a value in [0, 1] stands for.
+
+    With 8 bits kept, the image is left as it is.
+    """
+    step = torch.exp2(8 - bits)[:, None, None, None]
+    # A value k / 255 may lie a rounding below: half of the least step puts it right.
+    kept = images.mul(255).add_(0.5).div_(step).floor_().mul_(step).div_(255)
+    return _choose(step > 1, kept, images)
+
+
+def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
+    """Invert the values from `thresholds`, float (B,), upwards; above 1 the image is left as it is."""
+    return _choose(images >= thresholds[:, None, None, None], 1 - images, images)
 
 
 # --- Erasing ------------------------------------------------------------------------------------------------------

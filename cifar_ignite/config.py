@@ -61,6 +61,7 @@ class AugmentConfig(Section):
     """Strength of each augmentation of the training images, and the normalisation of all images."""
 
     flip_p: Probability = 0.5
+    flip_mode: Literal["random", "alternating"] = "random"
     crop_padding: int = Field(0, ge=0, lt=32)
     crop_mode: Literal["constant", "reflect"] = "reflect"
     rotation_degrees: float = Field(15.0, ge=0, le=180)
@@ -70,6 +71,7 @@ class AugmentConfig(Section):
     contrast: float = Field(0.3, ge=0, le=1)
     saturation: float = Field(0.3, ge=0, le=1)
     hue: float = Field(0.1, ge=0, le=0.5)
+    trivial_augment: Literal["off", "standard", "wide"] = "off"
     erasing_p: Probability = 0.3
     erasing_scale: tuple[Probability, Probability] = (0.02, 0.2)
     erasing_ratio: tuple[Positive, Positive] = (0.3, 3.3)
@@ -78,6 +80,7 @@ class AugmentConfig(Section):
     cutmix_alpha: Positive = 1.0
     mixup_p: Probability = 0.0
     mixup_alpha: Positive = 0.2
+    off_fraction: Probability = 0.0
     mean: Channels = (0.4914, 0.4822, 0.4465)
     std: tuple[Positive, Positive, Positive] = (0.2023, 0.1994, 0.2010)
 
@@ -100,6 +103,7 @@ class ModelConfig(Section):
     name: str = "se_resnet"
     width: Count | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    zero_init_residual: bool | None = None
     se_reduction: Count | None = None
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
 
@@ -109,13 +113,21 @@ class OptimizerConfig(Section):
 
     lr: Positive = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
     weight_decay: NonNegative = 1e-4
+    decay_norm_and_bias: bool = True
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "OptimizerConfig":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: needs a momentum above 0")
+        return self
 
 
 class ScheduleConfig(Section):
     """How the learning rate moves from lr / div_factor to lr and down to lr / div_factor / final_div_factor."""
 
-    name: Literal["onecycle", "cosine"] = "onecycle"
+    name: Literal["onecycle", "cosine", "linear"] = "onecycle"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3
     div_factor: Annotated[float, Field(ge=1)] = 25.0
     final_div_factor: Annotated[float, Field(ge=1)] = 1e4
@@ -128,6 +140,7 @@ class TrainConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     clip_grad_norm: Positive | None = 1.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    drop_path_ramp: Probability = 0.0
     checkpoint_every: Count = 10
     save_every_seconds: NonNegative = 300.0
     save_failures_allowed: int = Field(3, ge=0)
@@ -150,6 +163,12 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _compiled_model_is_constant(self) -> "Config":
+        if self.compile == "on" and self.train.drop_path_ramp:
+            raise ValueError("compile: on would compile anew each epoch with train.drop_path_ramp; take auto or off")
+        return self
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:

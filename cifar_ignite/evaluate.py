@@ -1,5 +1,6 @@
 """Checkpoint in, evaluation folder out: accuracy where labels exist, predictions to hand in, statistics."""
 
+import json
 import logging
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from cifar_ignite.checkpoints import RunRecord, create_unique_dir, load_checkpoint, newest
 from cifar_ignite.config import Config, InputError, parse_config
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
-from cifar_ignite.engines import create_evaluator, create_forward, select_device, select_precision
+from cifar_ignite.engines import Forward, create_evaluator, create_forward, select_device, select_precision
 from cifar_ignite.figures import draw_confusion_matrix
 from cifar_ignite.handlers import attach_metrics
 from cifar_ignite.loader import EvalLoader
@@ -35,6 +37,7 @@ def evaluate(
     model_name: str | None = None,
     test_file: Path | None = None,
     overrides: Sequence[str] = (),
+    tta: str | None = None,
 ) -> Path:
     """Predict the test set with a trained model.
 
@@ -43,6 +46,7 @@ def evaluate(
         model_name: experiment whose newest best model is taken; None takes that of any.
         test_file: the competition's unlabelled pickle; None takes the test set of the checkpoint's data.
         overrides: `section.key=value`, applied to the checkpoint's configuration.
+        tta: test-time augmentation that is evaluated too, beside the plain model: "flip" or "shift" (`average_views`).
 
     Returns:
         The evaluation folder.
@@ -67,13 +71,21 @@ def evaluate(
         len(images.images),
         test_file or config.data.source,
     )
-    probabilities, metrics = run_evaluator(model, images, config, device)
+    forward = create_forward(model, device, select_precision(config.precision, device))
+    probabilities, metrics = run_evaluator(model, forward, images, config, device)
+    summary: dict[str, Any] = {"images": len(images.images)} | summarize(metrics)
+    if tta:
+        tta_probabilities, tta_metrics = run_evaluator(model, average_views(forward, tta), images, config, device)
+        summary |= {"tta": {"name": tta} | summarize(tta_metrics)}
 
     val_acc = "none" if record.val_acc is None else f"{100 * record.val_acc:.2f}"
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         folder = create_unique_dir(output_dir / "evaluations", f"{config.experiment}_val_acc_{val_acc}_{stamp}")
         write_predictions(images, probabilities, folder / "predictions.csv")
+        if tta:
+            write_predictions(images, tta_probabilities, folder / f"predictions_tta_{tta}.csv")
+        (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
         link_checkpoint(path, folder / "model.pth")
         if "confusion" in metrics:
             matrix = metrics["confusion"].numpy()
@@ -84,6 +96,9 @@ def evaluate(
     log_statistics(images, probabilities, record.class_names)
     if "accuracy" in metrics:
         logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
+        if tta:
+            shown = (tta, 100 * tta_metrics["accuracy"], tta_metrics["loss"])
+            logger.info("with test-time augmentation (%s): accuracy %.2f%%, loss %.4f", *shown)
     logger.info("evaluation  %s (%s)", folder, ", ".join(sorted(item.name for item in folder.iterdir())))
     return folder
 
@@ -116,16 +131,40 @@ def load_model(config: Config, weights: dict[str, Tensor], path: Path) -> nn.Mod
     return model
 
 
+def average_views(forward: Forward, tta: str) -> Forward:
+    """Test-time augmentation: the mean of the logits of several views of each image.
+
+    flip: the image and its mirror image.
+    shift: these two with half of the weight; the other half is shared by both of them moved one pixel up and left, and
+        one pixel down and right, the rim reflected (as in Jordan, 2024, arXiv:2404.00498).
+    """
+
+    def mirrored(images: Tensor) -> Tensor:
+        return (forward(images) + forward(images.flip(-1))) / 2
+
+    def shifted(images: Tensor) -> Tensor:
+        padded = F.pad(images, [1] * 4, mode="reflect")
+        height, width = images.shape[-2:]
+        up_left, down_right = padded[..., 2:, 2:], padded[..., :height, :width]
+        return mirrored(images) / 2 + (mirrored(up_left) + mirrored(down_right)) / 4
+
+    return {"flip": mirrored, "shift": shifted}[tta]
+
+
+def summarize(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Those of the metrics that are numbers."""
+    return {name: float(metrics[name]) for name in ("accuracy", "loss") if name in metrics}
+
+
 def run_evaluator(
-    model: nn.Module, images: Images, config: Config, device: torch.device
+    model: nn.Module, forward: Forward, images: Images, config: Config, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Predict all images.
+    """Predict all images by `forward`, which goes through `model`.
 
     Returns:
         Probabilities, float (N, 10) on the CPU, and, where labels exist, "loss", "accuracy" and "confusion", counts
         (10, 10) by true and predicted class.
     """
-    forward = create_forward(model, device, select_precision(config.precision, device))
     evaluator = create_evaluator(model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
     outputs.attach(evaluator, "logits")

@@ -3,6 +3,7 @@
 Ignite calls the handlers of one event in the order they were attached: the order in `train.fit` is that of the events.
 """
 
+import copy
 import logging
 import math
 import time
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EarlyStopping, EMAHandler, LRScheduler
+from ignite.handlers import EarlyStopping, LRScheduler
 from ignite.metrics import Accuracy, Loss, Metric
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torchvision.ops import StochasticDepth
 
 from cifar_ignite.checkpoints import Row, RunRecord
 from cifar_ignite.config import RunFailedError, ScheduleConfig
@@ -41,6 +43,7 @@ def attach_schedule(
 
     onecycle: torch's OneCycleLR (Smith and Topin, 2017, arXiv:1708.07120), cosine up and cosine down.
     cosine: linear warm-up, then SGDR's cosine (Loshchilov and Hutter, 2016, arXiv:1608.03983) without restarts.
+    linear: linear warm-up, then linear.
 
     Args:
         trainer: its iterations are counted.
@@ -67,7 +70,7 @@ def attach_schedule(
             cycle_momentum=False,
         )
     else:
-        torch_schedule = LambdaLR(optimizer, lambda iteration: cosine_factor(iteration, iterations, schedule))
+        torch_schedule = LambdaLR(optimizer, lambda iteration: lr_factor(iteration, iterations, schedule))
     handler = LRScheduler(torch_schedule)
     trainer.add_event_handler(Events.ITERATION_STARTED, handler)
     return handler
@@ -80,14 +83,15 @@ def set_schedule(handler: LRScheduler, iteration: int) -> None:
         handler(None)
 
 
-def cosine_factor(iteration: int, iterations: int, schedule: ScheduleConfig) -> float:
-    """Share of the peak learning rate at `iteration` (from 0): linear warm-up, then half a cosine."""
+def lr_factor(iteration: int, iterations: int, schedule: ScheduleConfig) -> float:
+    """Share of the peak learning rate at `iteration` (from 0): linear warm-up, then half a cosine or a line."""
     start = 1 / schedule.div_factor
     end = start / schedule.final_div_factor
     warmup = schedule.warmup_fraction * iterations
     if iteration < warmup:
         return start + (1 - start) * iteration / warmup
-    return end + (1 - end) * (1 + math.cos(math.pi * (iteration - warmup) / (iterations - warmup))) / 2
+    left = 1 - (iteration - warmup) / (iterations - warmup)
+    return end + (1 - end) * (left if schedule.name == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def attach_gradient_guard(
@@ -148,15 +152,38 @@ def attach_gradient_guard(
 def attach_ema(trainer: Engine, model: nn.Module, decay: float) -> nn.Module:
     """Keep an exponential moving average of weights and of BatchNorm statistics, updated after each iteration.
 
-    The statistics are averaged like the weights ("update"): copied ones would be those of other weights, and would
-    share memory with the model's.
+    After n iterations the decay is min(decay, (1 + n) / (10 + n)), so that the initial weights are soon forgotten
+    (as in tf.train.ExponentialMovingAverage). Nothing beyond the average itself has to be saved. The statistics are
+    averaged like the weights: copied ones would be those of other weights.
+
+    Ignite's EMAHandler averages tensor by tensor: on a GPU, launching that takes longer than many a training step.
 
     Returns:
         The averaged model, in evaluation mode.
     """
-    ema = EMAHandler(model, momentum=1 - decay, handle_buffers="update")
-    ema.attach(trainer)
-    return ema.ema_model
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+
+    @torch.no_grad()
+    def update(engine: Engine) -> None:
+        n = engine.state.iteration
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, update)
+    return average
+
+
+def attach_drop_path_ramp(trainer: Engine, model: nn.Module, share: float, epochs: int) -> None:
+    """Lower the drop probabilities of stochastic depth linearly, epoch by epoch, over the last `share` of `epochs`."""
+    drops = [(module, module.p) for module in model.modules() if isinstance(module, StochasticDepth)]
+
+    def lower(engine: Engine) -> None:
+        left = epochs - engine.state.epoch + 1
+        for module, rate in drops:
+            module.p = rate * min(1, left / (share * epochs))
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, lower)
 
 
 def attach_metrics(engine: Engine, loss_fn: LossFn, device: torch.device) -> dict[str, Metric]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cifar_ignite.augment import Augment, normalize, to_float
 
 # The purposes that seeds are derived for; the numbers only keep the streams apart.
-ORDER, ITERATION, INITIAL_WEIGHTS = range(3)
+ORDER, ITERATION, INITIAL_WEIGHTS, MIRRORED = range(4)
 
 
 def derive_seed(seed: int, purpose: int, index: int = 0) -> int:
@@ -48,11 +48,13 @@ class TrainLoader:
             labels: int64 (N,) on the same device.
             batch_size: images a batch.
             seed: the run's seed.
-            augment: turns (images, labels) of a batch into (normalised images, targets).
+            augment: turns a batch into (normalised images, targets), see augment.py.
         """
         self.images, self.labels = images, labels
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.iteration = 0
+        generator = torch.Generator().manual_seed(derive_seed(seed, MIRRORED))
+        self._mirrored = torch.randint(2, (len(images),), generator=generator, dtype=torch.bool).to(images.device)
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
@@ -65,7 +67,8 @@ class TrainLoader:
             seed_generators(derive_seed(self.seed, ITERATION, self.iteration), self.images.device)
             self.iteration += 1
             # index_select copies whole images; images[indices] goes byte by byte, twenty times slower on a CPU.
-            yield self.augment(self.images.index_select(0, indices), self.labels[indices])
+            images, labels = self.images.index_select(0, indices), self.labels[indices]
+            yield self.augment(images, labels, epoch, self._mirrored[indices] ^ bool(epoch % 2))
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of one epoch (from 0): int64 (N,)."""

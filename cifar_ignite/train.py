@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torchvision.ops import StochasticDepth
 
 from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
@@ -25,7 +26,7 @@ from cifar_ignite.checkpoints import (
     replacing,
     sweep_temporaries,
 )
-from cifar_ignite.config import Config, InputError, RunFailedError, flatten
+from cifar_ignite.config import Config, InputError, OptimizerConfig, RunFailedError, flatten
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, split_validation
 from cifar_ignite.engines import (
     Forward,
@@ -103,8 +104,7 @@ def fit(
     device, options, checkpoints = train_loader.images.device, config.train, run_dir / "checkpoints"
     precision = select_precision(config.precision, device)
     scaler = GradScaler(device.type, enabled=precision == torch.float16)
-    # Fused, so that an update can be skipped on the device (see attach_gradient_guard).
-    optimizer = torch.optim.SGD(model.parameters(), **config.optimizer.model_dump(), fused=True)
+    optimizer = create_optimizer(config.optimizer, model)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
     iterations = options.epochs * len(train_loader)
     forward = create_training_forward(config, model, train_loader, precision, iterations)
@@ -113,6 +113,8 @@ def fit(
     schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, config.optimizer.lr, iterations)
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
     check_every = 1 if device.type == "cpu" else options.log_every
+    if options.drop_path_ramp:
+        handlers.attach_drop_path_ramp(trainer, model, options.drop_path_ramp, options.epochs)
     check = handlers.attach_gradient_guard(trainer, model, optimizer, scaler, options.clip_grad_norm, check_every)
     metrics = handlers.attach_metrics(trainer, loss_fn, device)
     state = {"model": model, "optimizer": optimizer, "trainer": trainer, "record": record, "timer": timer}
@@ -175,7 +177,21 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     """The configured model with initial weights drawn from the seed, in channels_last on the device."""
     torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
     model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
+    if config.train.drop_path_ramp and not any(isinstance(module, StochasticDepth) for module in model.modules()):
+        raise InputError(f"train.drop_path_ramp: {config.model.name} has no stochastic depth to lower; set it to 0")
     return model.to(device).to(memory_format=torch.channels_last)
+
+
+def create_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SGD:
+    """SGD on two groups of parameters: the weights of convolutions and linear layers, and all others."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0},
+    ]
+    # Fused, so that an update can be skipped on the device (see handlers.attach_gradient_guard).
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
 def create_training_forward(
@@ -188,7 +204,9 @@ def create_training_forward(
     """
     device, size = loader.images.device, loader.batch_size
     eager = create_forward(model, device, precision)
-    if size > len(loader.images) or not pays_to_compile(config.compile, device, iterations):
+    # Each change of a drop probability would be compiled anew.
+    fits = size <= len(loader.images) and not config.train.drop_path_ramp
+    if not fits or not pays_to_compile(config.compile, device, iterations):
         return eager
     forward = create_forward(model, device, precision, compiled_batch=size)
     images = torch.zeros(size, *loader.images.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
@@ -215,7 +233,7 @@ def create_loaders(config: Config, images: Images, device: torch.device) -> tupl
         *on_device(train_rows),
         batch_size=config.data.batch_size,
         seed=config.seed,
-        augment=create_augment(config.augment, NUM_CLASSES),
+        augment=create_augment(config.augment, NUM_CLASSES, config.train.epochs),
     )
     if not len(val_rows):
         return train_loader, None

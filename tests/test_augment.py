@@ -203,6 +203,90 @@ def test_erased_boxes_have_the_stated_share_area_and_aspect():
 # --- The pipeline -----------------------------------------------------------------------------------------------
 
 
+# --- TrivialAugment -----------------------------------------------------------------------------------------------
+
+ORACLE_SPACES = {"wide": v2.TrivialAugmentWide._AUGMENTATION_SPACE, "standard": v2.RandAugment._AUGMENTATION_SPACE}
+ORACLE_OPS = {  # ours: torchvision's
+    "identity": "Identity",
+    "shear_x": "ShearX",
+    "shear_y": "ShearY",
+    "translate_x": "TranslateX",
+    "translate_y": "TranslateY",
+    "rotate": "Rotate",
+    "brightness": "Brightness",
+    "saturation": "Color",
+    "contrast": "Contrast",
+    "sharpness": "Sharpness",
+    "posterize": "Posterize",
+    "solarize": "Solarize",
+    "autocontrast": "AutoContrast",
+    "equalize": "Equalize",
+}
+
+
+@pytest.mark.parametrize("space", ORACLE_SPACES)
+@pytest.mark.parametrize("op", augment.OPS)
+def test_each_operation_is_torchvisions_at_the_same_strength(images, op, space):
+    """Whole grey levels, as decoded pictures have; for each image another strength and sign."""
+    assert set(ORACLE_OPS) == set(augment.OPS)
+    assert set(ORACLE_OPS.values()) == set(ORACLE_SPACES[space])
+    images = (images * 255).round()
+    ops = torch.full((16,), augment.OPS.index(op))
+    strengths, signs = torch.arange(16) * 2, torch.tensor([1.0, -1.0]).repeat(8)
+    magnitudes, signed = ORACLE_SPACES[space][ORACLE_OPS[op]]
+    table = magnitudes(augment.STRENGTHS, SIZE, SIZE)
+
+    def one(image, strength, sign):
+        magnitude = 0.0 if table is None else float(table[strength])
+        return v2.TrivialAugmentWide()._apply_image_or_video_transform(
+            image, ORACLE_OPS[op], magnitude * (sign if signed else 1), InterpolationMode.BILINEAR, {}
+        )
+
+    expected = torch.stack(
+        [
+            # Geometry of uint8 would be rounded; colour of float would not be in whole grey levels.
+            one(image / 255, int(strength), float(sign)) * 255
+            if op in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+            else one(image.byte(), int(strength), float(sign)).float()
+            for image, strength, sign in zip(images, strengths, signs, strict=True)
+        ]
+    )
+    ours = 255 * augment.trivial_augment(images / 255, ops, strengths, signs, augment.TRIVIAL_SPACES[space])
+    difference = (ours - expected).abs()
+    if op in ("posterize", "equalize", "identity"):
+        assert difference.max() < 0.01
+    elif op == "solarize":  # a grey level that equals the threshold but for rounding may fall on either side
+        assert (difference > 0.01).float().mean() < 0.002
+    else:  # torchvision truncates to whole grey levels, and rounds what it blends with too
+        assert difference.max() < 1.02 + 1.0 * (op in ("contrast", "saturation", "sharpness"))
+    if op != "identity":
+        assert (expected - images).abs().max() > 10
+
+
+def test_an_image_gets_its_own_operation_and_no_other(images):
+    """A mixed batch is what each image gives alone."""
+    ops, strengths, signs = torch.arange(14), torch.arange(14) + 12, torch.ones(14)
+    space = augment.TRIVIAL_SPACES["wide"]
+    mixed = augment.trivial_augment(images[:14], ops, strengths, signs, space)
+    for row in range(14):
+        rows = slice(row, row + 1)
+        alone = augment.trivial_augment(images[rows], ops[rows], strengths[rows], signs[rows], space)
+        assert torch.allclose(mixed[rows], alone, atol=1e-6)
+
+
+def test_operations_strengths_and_signs_are_drawn_alike():
+    torch.manual_seed(0)
+    ops, strengths, signs = augment.random_ops(30_000, CPU)
+    for drawn, count in ((ops, 14), (strengths, 31), (signs, 2)):
+        values, counts = drawn.unique(return_counts=True)
+        assert len(values) == count
+        assert (counts / 30_000 - 1 / count).abs().max() < 0.15 / count
+    assert signs.unique().tolist() == [-1, 1]
+
+
+# --- The pipeline -------------------------------------------------------------------------------------------------
+
+
 def batch(count=64, seed=0):
     torch.manual_seed(seed)
     return torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8), torch.arange(count) % 10
@@ -211,7 +295,7 @@ def batch(count=64, seed=0):
 def test_everything_off_is_the_normalised_image():
     config = AugmentConfig(**OFF)
     images, labels = batch()
-    augmented, targets = augment.create_augment(config, 10)(images, labels)
+    augmented, targets = augment.create_pipeline(config, 10)(images, labels, ~labels.bool())
     assert torch.allclose(augmented, augment.normalize(images / 255, config.mean, config.std), atol=1e-6)
     assert torch.equal(targets.argmax(1), labels)
     assert torch.equal(targets.sum(1), torch.ones(64))
@@ -230,14 +314,16 @@ def test_everything_off_is_the_normalised_image():
         {"hue": 0.1},
         {"erasing_p": 0.9},
         {"cutout_size": 8},
+        {"flip_mode": "alternating"},
+        {"trivial_augment": "wide"},
     ],
     ids=lambda on: next(iter(on)),
 )
 def test_images_of_one_batch_get_parameters_of_their_own(on):
     """The same image 64 times comes out in more than one way."""
     images, labels = batch(1)
-    augmented, _ = augment.create_augment(AugmentConfig(**(OFF | on)), 10)(
-        images.repeat(64, 1, 1, 1), labels.repeat(64)
+    augmented, _ = augment.create_pipeline(AugmentConfig(**(OFF | on)), 10)(
+        images.repeat(64, 1, 1, 1), labels.repeat(64), torch.arange(64) % 2 == 0
     )
     assert len(augmented.flatten(1).unique(dim=0)) > 1
 
@@ -271,11 +357,11 @@ APPLIED = (
 def test_the_pipeline_applies_what_is_configured_in_order_and_strength(monkeypatch):
     recorder = Recorder(monkeypatch, *APPLIED)
     config = AugmentConfig(crop_padding=4)
-    pipeline = augment.create_augment(config, 10)
+    pipeline = augment.create_pipeline(config, 10)
     images, labels = batch(500)
     torch.manual_seed(0)
     for _ in range(4):
-        out, _ = pipeline(images, labels)
+        out, _ = pipeline(images, labels, torch.zeros(len(images), dtype=torch.bool))
     assert [name for name, *_ in recorder.calls] == list(APPLIED) * 4
     assert out.shape == (500, 3, SIZE, SIZE)
 
@@ -328,14 +414,45 @@ def test_rotation_then_perspective_as_torchvision_does_them_one_after_the_other(
     assert (centre(ours) - centre(theirs)).abs().max() < 0.1
 
 
+def test_alternating_flip_mirrors_whose_turn_it_is():
+    images, labels = batch()
+    mirrored = labels % 2 == 0
+    config = AugmentConfig(**(OFF | {"flip_mode": "alternating"}))
+    out, _ = augment.create_pipeline(config, 10)(images, labels, mirrored)
+    expected = augment.normalize(augment.flip(images / 255, mirrored), config.mean, config.std)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_the_last_part_of_a_training_has_flip_and_crop_alone():
+    """Against a pipeline in which all else is off from the beginning."""
+    strong = AugmentConfig(crop_padding=4, cutout_size=8, mixup_p=0.3, trivial_augment="wide", off_fraction=0.25)
+    gentle = AugmentConfig(**(OFF | {"flip_p": 0.5, "crop_padding": 4}))
+    images, labels = batch()
+    alike = []
+    for epoch in range(8):
+        outs = []
+        for config in (strong, gentle):
+            torch.manual_seed(epoch)
+            outs.append(augment.create_augment(config, 10, epochs=8)(images, labels, epoch, labels > 4))
+        alike.append(torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1]))
+    assert alike == [False] * 6 + [True] * 2
+
+
+def test_off_leaves_no_augmentation_but_flip_and_crop():
+    """A new key of the configuration is on one list or the other."""
+    kept = {"flip_p", "flip_mode", "crop_padding", "crop_mode", "off_fraction", "mean", "std"}
+    shapes = {"perspective_distortion", "erasing_scale", "erasing_ratio", "cutmix_alpha", "mixup_alpha"}
+    assert augment.OFF.keys() == AugmentConfig.model_fields.keys() - kept - shapes
+
+
 def test_the_same_seed_gives_the_same_batch():
-    pipeline = augment.create_augment(AugmentConfig(crop_padding=4, cutout_size=8), 10)
+    pipeline = augment.create_pipeline(AugmentConfig(crop_padding=4, cutout_size=8), 10)
     images, labels = batch()
     torch.manual_seed(7)
-    first = pipeline(images, labels)
+    first = pipeline(images, labels, torch.zeros(len(images), dtype=torch.bool))
     torch.manual_seed(7)
-    second = pipeline(images, labels)
-    other = pipeline(images, labels)
+    second = pipeline(images, labels, torch.zeros(len(images), dtype=torch.bool))
+    other = pipeline(images, labels, torch.zeros(len(images), dtype=torch.bool))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], other[0])

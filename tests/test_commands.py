@@ -13,14 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, assert_same_training, the_run
+from conftest import REPOSITORY, assert_same_training, snapshot, the_run
 from ignite.engine import Engine
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 from cifar_ignite import evaluate as evaluation
 from cifar_ignite.checkpoints import load_checkpoint
 from cifar_ignite.config import load_config
 from cifar_ignite.data import CIFAR10_CLASSES
+from cifar_ignite.evaluate import average_views
 
 
 def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_path, cifar_root):
@@ -68,7 +70,9 @@ def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_p
     assert (status, err) == (0, "")
     (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
     assert folder.name.startswith(f"tiny_val_acc_{100 * best['record'].val_acc:.2f}_")
-    assert sorted(path.name for path in folder.iterdir()) == ["confusion_matrix.png", "model.pth", "predictions.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "confusion_matrix.png", "metrics.json", "model.pth", "predictions.csv",
+    ]  # fmt: skip
     assert not os.path.isabs(os.readlink(folder / "model.pth"))
     assert (folder / "model.pth").resolve() == (tmp_path / "outputs" / "best_models" / "tiny_best.pth").resolve()
     assert (folder / "predictions.csv").read_text().startswith("ID,Labels\n0,")
@@ -77,7 +81,11 @@ def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_p
     assert predictions["ID"].tolist() == list(range(30))
     with (cifar_root / "cifar-10-batches-py" / "test_batch").open("rb") as file:
         labels = pickle.load(file, encoding="bytes")[b"labels"]
-    assert f"test accuracy {100 * (predictions['Labels'] == labels).mean():.2f}%" in out
+    accuracy = (predictions["Labels"] == labels).mean()
+    assert f"test accuracy {100 * accuracy:.2f}%" in out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == {"images": 30, "accuracy": pytest.approx(accuracy), "loss": metrics["loss"]}
+    assert f"test loss {metrics['loss']:.4f}" in out
     for expected in ("sample predictions", "by class", "confidence: mean", folder.name):
         assert expected in out
 
@@ -96,9 +104,55 @@ def test_evaluate_takes_a_checkpoint_a_model_and_an_unlabelled_file(command, tin
     assert "test accuracy" not in out
     (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
     assert pd.read_csv(folder / "predictions.csv")["ID"].tolist() == list(range(11, -1, -1))
-    assert sorted(path.name for path in folder.iterdir()) == ["model.pth", "predictions.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "model.pth", "predictions.csv"]
+    assert json.loads((folder / "metrics.json").read_text()) == {"images": 12}
     state = next((the_run(tmp_path) / "checkpoints").glob("latest_*.pt"))
     assert command("evaluate", "--checkpoint", state)[0] == 0
+
+
+@pytest.mark.parametrize("tta", ["flip", "shift"])
+def test_test_time_augmentation_stands_beside_the_plain_figure(command, tiny_file, tmp_path, cifar_root, tta):
+    command("train", "--config", tiny_file)
+    command("evaluate")
+    (plain,) = (tmp_path / "outputs" / "evaluations").iterdir()
+    before = snapshot(plain)
+    status, out, _ = command("evaluate", "--tta", tta)
+    assert status == 0
+    (folder,) = set((tmp_path / "outputs" / "evaluations").iterdir()) - {plain}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    averaged = metrics.pop("tta")
+    assert metrics == json.loads((plain / "metrics.json").read_text())
+    predictions = pd.read_csv(folder / f"predictions_tta_{tta}.csv")
+    with (cifar_root / "cifar-10-batches-py" / "test_batch").open("rb") as file:
+        labels = pickle.load(file, encoding="bytes")[b"labels"]
+    assert averaged["name"] == tta
+    assert averaged["accuracy"] == pytest.approx((predictions["Labels"] == labels).mean())
+    assert averaged["loss"] != metrics["loss"]
+    assert f"test accuracy {100 * metrics['accuracy']:.2f}%, test loss {metrics['loss']:.4f}" in out
+    accuracy, loss = 100 * averaged["accuracy"], averaged["loss"]
+    assert f"with test-time augmentation ({tta}): accuracy {accuracy:.2f}%, loss {loss:.4f}" in out
+    after = snapshot(folder)
+    assert {name: after[name] for name in before if name != "metrics.json"} == {
+        name: content for name, content in before.items() if name != "metrics.json"
+    }
+
+
+def test_views_are_weighted_means_of_what_torchvision_shows():
+    """A linear model that sees each pixel differently."""
+    torch.manual_seed(0)
+    images, weights = torch.rand(4, 3, 32, 32), torch.randn(3 * 32 * 32, 10)
+
+    def forward(batch):
+        return batch.flatten(1) @ weights
+
+    def both(batch):
+        return (forward(batch) + forward(functional.horizontal_flip(batch))) / 2
+
+    padded = functional.pad(images, [1], padding_mode="reflect")
+    up_left, down_right = (functional.crop(padded, at, at, 32, 32) for at in (2, 0))
+    assert torch.allclose(average_views(forward, "flip")(images), both(images), atol=1e-4)
+    expected = 0.5 * both(images) + 0.25 * both(up_left) + 0.25 * both(down_right)
+    assert torch.allclose(average_views(forward, "shift")(images), expected, atol=1e-4)
 
 
 def test_statistics_are_those_of_the_predictions(command, tiny_file, tmp_path, cifar_root, monkeypatch):
@@ -272,6 +326,8 @@ def test_make_passes_what_was_typed_safely(tmp_path):
         (["train", "MODEL=se", "RECIPE=fast"], "--config 'configs/se_fast.json'"),
         (["train", "DATA=synthetic"], "--set experiment='se_synthetic'"),
         (["evaluate", "RECIPE=fast"], "--model 'se_fast'"),
+        (["evaluate", "TTA=1"], "evaluate --tta 'flip'"),
+        (["evaluate", "TTA=shift"], "evaluate --tta 'shift'"),
         (["demo", "SET=data.validation=9"], "evaluate --model demo --set 'data.validation=9'"),
         (
             [".venv/.stamp", "TORCH_INDEX=https://a/b", "VIRTUAL_ENV=", "-B"],

@@ -27,12 +27,15 @@ def test_shipped_configurations_are_complete_and_build_their_model(path):
     create_model(num_classes=10, **config.model.model_dump())
 
 
-def test_the_models_are_trained_by_one_recipe():
+@pytest.mark.parametrize("recipe", ["", "_fast", "_best"])
+def test_the_models_are_trained_by_one_recipe(recipe):
+    """Only stochastic depth has a ramp."""
     trees = [
-        json.loads((REPOSITORY / "configs" / f"{name}.json").read_text()) for name in ("se", "stochastic", "hybrid")
+        json.loads((REPOSITORY / "configs" / f"{name}{recipe}.json").read_text())
+        for name in ("se", "stochastic", "hybrid")
     ]
     for tree in trees:
-        del tree["model"], tree["experiment"]
+        del tree["model"], tree["experiment"], tree["train"]["drop_path_ramp"]
     assert trees[0] == trees[1] == trees[2]
 
 
@@ -74,7 +77,9 @@ def test_a_byte_order_mark_is_harmless(tmp_path):
         pytest.param("experiment=" + "x" * 300, "experiment: String should have at most 100", id="long name"),
         ("augment.perspective_distortion=0.99", "augment.perspective_distortion: Input should be less than or equal"),
         ("experiment=../x", "experiment: String should match pattern"),
-        ("schedule.name=linear", "schedule.name: Input should be 'onecycle' or 'cosine'"),
+        ("schedule.name=step", "schedule.name: Input should be 'onecycle', 'cosine' or 'linear'"),
+        ("optimizer.momentum=0 optimizer.nesterov=true", "optimizer: nesterov: needs a momentum above 0"),
+        ("compile=on train.drop_path_ramp=0.5", "compile: on would compile anew each epoch"),
         ("augment.erasing_scale=[0.5,0.1]", "augment: erasing_scale: the lower bound 0.5 is above the upper bound 0.1"),
         ("augment.mixup_p=0.5", "augment: cutmix_p + mixup_p = 1.2 is above 1"),
         ("optimizer.lr", "--set optimizer.lr: expected section.key=value"),
@@ -84,7 +89,7 @@ def test_a_byte_order_mark_is_harmless(tmp_path):
 )
 def test_bad_values_are_named(override, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        parse_config({}, "test", [override])
+        parse_config({}, "test", override.split())
 
 
 def test_all_problems_are_told_at_once():
@@ -102,6 +107,7 @@ EFFECTS = {
     "data.split_seed": 1,
     "data.source": "synthetic",
     "augment.flip_p": 0.0,
+    "augment.flip_mode": "alternating",
     "augment.crop_padding": 4,
     "augment.rotation_degrees": 5.0,
     "augment.perspective_p": 0.0,
@@ -110,6 +116,8 @@ EFFECTS = {
     "augment.contrast": 0.0,
     "augment.saturation": 0.0,
     "augment.hue": 0.0,
+    "augment.trivial_augment": "wide",
+    "augment.off_fraction": 0.5,
     "augment.erasing_p": 1.0,
     "augment.erasing_scale": [0.3, 0.4],
     "augment.erasing_ratio": [1.0, 1.1],
@@ -121,10 +129,12 @@ EFFECTS = {
     "model.name": "stochastic_resnet",
     "model.width": 3,
     "model.dropout": 0.0,
+    "model.zero_init_residual": True,
     "model.se_reduction": 1,
     "model.drop_path_rate": 0.5,
     "optimizer.lr": 0.1,
     "optimizer.momentum": 0.5,
+    "optimizer.nesterov": True,
     "optimizer.weight_decay": 0.1,
     "schedule.name": "cosine",
     "schedule.warmup_fraction": 0.6,
@@ -134,11 +144,13 @@ EFFECTS = {
     "train.label_smoothing": 0.0,
     "train.clip_grad_norm": 0.01,
     "train.ema_decay": 0.5,
+    "train.drop_path_ramp": 1.0,
     "train.checkpoint_every": 1,
     "train.save_every_seconds": 0,
 }
 # Keys that matter beside another one.
 BESIDE = {
+    "optimizer.decay_norm_and_bias": (False, ["optimizer.weight_decay=0.1"]),
     "augment.crop_mode": ("constant", ["augment.crop_padding=8"]),
     "augment.mixup_p": (0.9, ["augment.cutmix_p=0"]),
     "augment.mixup_alpha": (5.0, ["augment.cutmix_p=0", "augment.mixup_p=1"]),

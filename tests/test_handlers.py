@@ -9,13 +9,16 @@ from conftest import row, scored
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel
+from torchvision.ops import StochasticDepth
 
 from cifar_ignite import handlers
 from cifar_ignite.checkpoints import RunRecord
 from cifar_ignite.config import ScheduleConfig
 from cifar_ignite.engines import create_evaluator, create_trainer
 from cifar_ignite.loader import EvalLoader
+from cifar_ignite.models import create_model
 from cifar_ignite.reporting import format_seconds
 
 NO_SCALER = GradScaler("cpu", enabled=False)
@@ -64,6 +67,22 @@ def test_cosine_equals_its_closed_form_from_the_first_iteration(warmup):
         for i in range(80)
     ]
     assert rates(schedule, 0.4, 80) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_linear_equals_torch(warmup):
+    """PyTorch's LinearLR up, then LinearLR down."""
+    schedule = ScheduleConfig(name="linear", warmup_fraction=warmup / 40, div_factor=5, final_div_factor=100)
+    optimizer = sgd([nn.Parameter(torch.zeros(1))], lr=0.5)
+    oracle = LinearLR(optimizer, 1.0, 0.002, total_iters=40 - warmup)
+    if warmup:
+        oracle = SequentialLR(optimizer, [LinearLR(optimizer, 0.2, 1.0, total_iters=warmup), oracle], [warmup])
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        oracle.step()
+    assert rates(schedule, 0.5, 40) == pytest.approx(expected)
 
 
 def test_cosine_without_warmup_equals_torch():
@@ -249,27 +268,53 @@ def test_the_timer_adds_up_what_several_processes_spent_on_an_epoch():
 
 
 def test_ema_averages_weights_and_statistics_and_shares_no_memory():
+    """As torch's AveragedModel, with a decay that grows to the configured one."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
-    optimizer = sgd(model.parameters())
-    trainer = create_trainer(model, model, optimizer, nn.functional.mse_loss, NO_SCALER)
-    average = handlers.attach_ema(trainer, model, 0.75)
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED,
-        lambda: [
-            value.mul_(0.75).add_(model.state_dict()[key], alpha=0.25)
-            for key, value in expected.items()
-            if value.is_floating_point()
-        ],
-    )
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
+    trainer = create_trainer(model, model, sgd(model.parameters()), nn.functional.mse_loss, NO_SCALER)
+    average = handlers.attach_ema(trainer, model, 0.3)
+    decays = iter([2 / 11, 3 / 12, 0.3, 0.3, 0.3])
+
+    def lerp(averaged, current, _):
+        if not averaged[0].is_floating_point():  # BatchNorm counts its batches
+            return
+        decay = next(decays)
+        for one, other in zip(averaged, current, strict=True):
+            one.copy_(decay * one + (1 - decay) * other)
+
+    expected = AveragedModel(model, multi_avg_fn=lerp, use_buffers=True)
+    expected.n_averaged += 1  # it would begin with a copy of the first
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: expected.update_parameters(model))
     trainer.run([(torch.randn(8, 3), torch.randn(8, 4)) for _ in range(5)])
+    assert next(decays, None) is None
     for key, value in average.state_dict().items():
         if value.is_floating_point():
-            assert torch.allclose(value, expected[key], atol=1e-6), key
+            assert torch.allclose(value, expected.module.state_dict()[key], atol=1e-6), key
             assert not torch.equal(value, model.state_dict()[key]), key
             assert value.data_ptr() != model.state_dict()[key].data_ptr(), key
     assert not average.training
+
+
+def test_the_average_of_a_short_run_has_forgotten_the_initial_weights():
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 1000.0)
+    trainer = Engine(lambda engine, batch: None)
+    average = handlers.attach_ema(trainer, model, 0.999)
+    nn.init.constant_(model.weight, 1.0)
+    trainer.run(range(60), max_epochs=1)
+    assert average.weight.item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_drop_probabilities_fall_over_the_last_epochs():
+    model = create_model("stochastic_resnet", num_classes=10, width=2, drop_path_rate=0.4)
+    trainer = Engine(lambda engine, batch: None)
+    handlers.attach_drop_path_ramp(trainer, model, 0.5, 8)
+    seen = []
+    drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda: seen.append([drop.p for drop in drops]))
+    trainer.run([0], max_epochs=8)
+    for share, rates in zip([1, 1, 1, 1, 1, 0.75, 0.5, 0.25], seen, strict=True):
+        assert rates == pytest.approx([0.05 * (block + 1) * share for block in range(8)])
 
 
 def test_seconds_are_written_as_people_read_them():

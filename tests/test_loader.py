@@ -10,7 +10,7 @@ IMAGES = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=tor
 LABELS = torch.arange(50)
 
 
-def identity(images, labels):
+def identity(images, labels, epoch, mirrored):
     return images, labels
 
 
@@ -37,7 +37,7 @@ def test_images_and_labels_stay_together():
 
 
 def test_a_loader_set_to_any_iteration_continues_as_if_never_stopped():
-    augment = create_augment(AugmentConfig(crop_padding=4), 50)
+    augment = create_augment(AugmentConfig(crop_padding=4, flip_mode="alternating"), 50, 3)
     straight = loader(augment)
     expected = [batch for _ in range(3) for batch in straight]
     noise = [torch.rand(3) for _ in range(3)]
@@ -57,11 +57,35 @@ def test_what_follows_a_batch_draws_the_same_numbers_too():
     """Dropout and stochastic depth draw from the global generators after the batch is made."""
 
     def draws(start):
-        batches = loader(create_augment(AugmentConfig(), 50))
+        batches = loader(create_augment(AugmentConfig(), 50, 3))
         batches.iteration = start
         return [torch.rand(2) for _ in batches]
 
     assert torch.equal(torch.stack(draws(0)[2:]), torch.stack(draws(2)))
+
+
+def test_each_image_is_mirrored_in_every_other_epoch():
+    def turns(start=0, seed=0):
+        batches = loader(lambda images, labels, epoch, mirrored: (labels, mirrored), seed=seed)
+        batches.iteration = start * len(batches)
+        rows = []
+        for _ in range(start, 4):
+            labels, mirrored = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            rows.append(mirrored[labels.argsort()])
+        return torch.stack(rows)
+
+    seen = turns()
+    assert torch.equal(seen[0], ~seen[1])
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert 10 < seen[0].sum() < 40
+    assert torch.equal(turns(start=3)[0], seen[3])
+    assert not torch.equal(turns(seed=1)[0], seen[0])
+
+
+def test_the_epoch_is_told():
+    batches = loader(lambda images, labels, epoch, mirrored: (epoch, None))
+    assert [[epoch for epoch, _ in batches] for _ in range(3)] == [[0] * 4, [1] * 4, [2] * 4]
 
 
 def test_seeds_give_different_streams():

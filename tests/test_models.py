@@ -91,6 +91,20 @@ def test_a_dropped_block_is_its_shortcut_through_the_last_relu():
     assert (block.shortcut(image) < 0).any()
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_residual_branches_can_begin_as_zero(name):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10, width=4, zero_init_residual=True, dropout=0.0)
+    image = torch.randn(2, 3, 32, 32)
+    for block in model.stages:
+        assert not block.residual[4].weight.any()
+    first = model.stages[0]
+    assert torch.equal(first(model.stem(image)), model.stem(image))
+    model(image).square().sum().backward()
+    assert all(block.residual[4].weight.grad.any() for block in model.stages)
+    assert all(block.residual[4].weight.all() for block in create_model(name, num_classes=10, width=4).stages)
+
+
 def test_unknown_models_and_options_are_named():
     with pytest.raises(InputError, match="no model 'resnet'; there are hybrid_resnet, se_resnet, stochastic_resnet"):
         create_model("resnet", num_classes=10)

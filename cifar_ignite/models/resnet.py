@@ -17,7 +17,13 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut: (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, se_reduction: int | None, drop_prob: float
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        se_reduction: int | None,
+        drop_prob: float,
+        zero_init: bool = False,
     ) -> None:
         """
         Args:
@@ -26,14 +32,19 @@ class BasicBlock(nn.Module):
             stride: of the first convolution.
             se_reduction: channels are squeezed by this factor; None leaves Squeeze-and-Excitation out.
             drop_prob: how often training drops the residual branch of an image.
+            zero_init: the residual branch begins as zero: its last BatchNorm's weight does (Goyal et al., 2017,
+                arXiv:1706.02677, section 5.1).
         """
         super().__init__()
+        last_norm = nn.BatchNorm2d(channels)
+        if zero_init:
+            nn.init.zeros_(last_norm.weight)
         self.residual = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False),
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(channels),
+            last_norm,
         )
         if se_reduction:
             self.residual.append(SqueezeExcitation(channels, max(1, channels // se_reduction)))
@@ -52,13 +63,21 @@ class ResNet(nn.Module):
     """Stem, four stages of two blocks, global average pool, dropout, head: (B, 3, 32, 32) to (B, num_classes)."""
 
     def __init__(
-        self, *, num_classes: int, width: int, dropout: float, se_reduction: int | None, drop_path_rate: float
+        self,
+        *,
+        num_classes: int,
+        width: int,
+        dropout: float,
+        zero_init_residual: bool,
+        se_reduction: int | None,
+        drop_path_rate: float,
     ) -> None:
         """
         Args:
             num_classes: logits an image.
             width: channels of the stem and the first stage; each later stage doubles them.
             dropout: probability of dropping a feature before the head.
+            zero_init_residual: blocks begin as their shortcuts.
             se_reduction: of the Squeeze-and-Excitation in each block; None for none.
             drop_path_rate: drop probability of the last block; it rises linearly with depth, from rate / blocks.
         """
@@ -73,7 +92,9 @@ class ResNet(nn.Module):
             channels = width * 2**stage
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                self.stages.append(BasicBlock(in_channels, channels, stride, se_reduction, next(drop_probs)))
+                self.stages.append(
+                    BasicBlock(in_channels, channels, stride, se_reduction, next(drop_probs), zero_init_residual)
+                )
                 in_channels = channels
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(in_channels, num_classes)
@@ -87,26 +108,61 @@ class ResNet(nn.Module):
 
 
 @register_model
-def se_resnet(*, num_classes: int, width: int = 32, dropout: float = 0.3, se_reduction: int = 16) -> ResNet:
+def se_resnet(
+    *,
+    num_classes: int,
+    width: int = 32,
+    dropout: float = 0.3,
+    zero_init_residual: bool = False,
+    se_reduction: int = 16,
+) -> ResNet:
     """ResNet with Squeeze-and-Excitation in each block."""
-    return ResNet(num_classes=num_classes, width=width, dropout=dropout, se_reduction=se_reduction, drop_path_rate=0.0)
+    return ResNet(
+        num_classes=num_classes,
+        width=width,
+        dropout=dropout,
+        zero_init_residual=zero_init_residual,
+        se_reduction=se_reduction,
+        drop_path_rate=0.0,
+    )
 
 
 @register_model
 def stochastic_resnet(
-    *, num_classes: int, width: int = 32, dropout: float = 0.3, drop_path_rate: float = 0.2
+    *,
+    num_classes: int,
+    width: int = 32,
+    dropout: float = 0.3,
+    zero_init_residual: bool = False,
+    drop_path_rate: float = 0.2,
 ) -> ResNet:
     """ResNet with stochastic depth."""
     return ResNet(
-        num_classes=num_classes, width=width, dropout=dropout, se_reduction=None, drop_path_rate=drop_path_rate
+        num_classes=num_classes,
+        width=width,
+        dropout=dropout,
+        zero_init_residual=zero_init_residual,
+        se_reduction=None,
+        drop_path_rate=drop_path_rate,
     )
 
 
 @register_model
 def hybrid_resnet(
-    *, num_classes: int, width: int = 32, dropout: float = 0.3, se_reduction: int = 16, drop_path_rate: float = 0.2
+    *,
+    num_classes: int,
+    width: int = 32,
+    dropout: float = 0.3,
+    zero_init_residual: bool = False,
+    se_reduction: int = 16,
+    drop_path_rate: float = 0.2,
 ) -> ResNet:
     """ResNet with both."""
     return ResNet(
-        num_classes=num_classes, width=width, dropout=dropout, se_reduction=se_reduction, drop_path_rate=drop_path_rate
+        num_classes=num_classes,
+        width=width,
+        dropout=dropout,
+        zero_init_residual=zero_init_residual,
+        se_reduction=se_reduction,
+        drop_path_rate=drop_path_rate,
     )
