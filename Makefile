@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train evaluate models bench test lint format
+.PHONY: help install demo train evaluate models bench accuracy test lint format
 
 # An activated conda or virtual environment that holds the package is used; otherwise .venv is built once.
 PYTHON ?= python3
@@ -47,6 +47,9 @@ models: $(environment) ## List the models with their parameters and multiply-add
 
 bench: $(environment) ## Measure images a second against the limit and a tutorial's loop: MODEL= SET= OUT=file
 	$(run) -m benchmarks.throughput --config 'configs/$(call escape,$(recipe)).json'$(overrides)$(call option,OUT,out)
+
+accuracy: $(environment) ## Test accuracy over seeds, all images: MODEL=se RECIPE=fast SEEDS=5 EPOCHS= OUT=file
+	$(run) -m benchmarks.accuracy --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,SEEDS,seeds)$(call option,OUT,out)
 
 test: $(environment) ## Run the tests
 	@$(run) -c 'import pytest' || { echo "the active environment lacks the tools: pip install -e '.[dev]'" >&2; exit 2; }

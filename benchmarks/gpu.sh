@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUT DATA
 #
 # OUT gets JSON files, pictures and logs. DATA holds cifar-10-batches-py, or is cifar-10-python.tar.gz.
-# Variables: PYTHON (python3); LIMIT, seconds in all (570); BENCH, seconds a comparison (40); IMAGES (50000);
-# ITERATIONS a turn (20); EPOCHS of each accuracy run (30); RUNS, "recipe:seed" in order, as many as fit;
+# Variables: PYTHON (python3); LIMIT, seconds in all (570); BENCH, seconds a comparison (40; 0 for none); IMAGES (50000);
+# ITERATIONS a turn (20); RUNS, "recipe:seeds" in order, as many as fit; EPOCHS (the recipe's own);
 # UNPACK, a command that writes cifar-10-batches-py into the folder that is appended to it (then DATA is that folder).
 # Whatever fails is told and the rest goes on; the exit status is 1 if anything failed.
 set -uo pipefail
@@ -13,7 +13,7 @@ out=$(mkdir -p "${1:?OUT DATA}" && cd "$1" && pwd) || exit 2
 data=${2:?OUT DATA}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-40} failed=0
-runs=${RUNS:-se:0 stochastic:0 se:1 stochastic:1 se:2 stochastic:2}
+runs=${RUNS:-se_fast:5 stochastic_fast:5}
 
 attempt() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.log; never longer than the time left
 	local name=$1 left=$((limit - SECONDS))
@@ -37,7 +37,9 @@ fi
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")' |
 	tee "$out/machine.txt"
 
-for case in "128:off" "128:on" "512:off" "512:on"; do
+cases="128:off 128:on 512:off 512:on"
+((bench == 0)) && cases=
+for case in $cases; do
 	batch=${case%:*} compile=${case#*:}
 	# The batch sizes are scaled once.
 	sizes=(--batch-sizes --dataset-sizes)
@@ -48,14 +50,10 @@ for case in "128:off" "128:on" "512:off" "512:on"; do
 done
 
 for run in $runs; do
-	recipe=${run%:*} seed=${run#*:}
-	attempt "train_${recipe}_${seed}" "$python" -m cifar_ignite train --config "configs/$recipe.json" \
-		--set "train.epochs=${EPOCHS:-30}" --set "seed=$seed" --set "data.root=$data" --set "output_dir=$out/.runs" \
-		--set "experiment=${recipe}_${seed}" --set data.validation=0 ${SET:+--set "$SET"}
-	# One scoring of the test set; a run that was cut short has no model to score.
-	[[ -f $out/.runs/best_models/${recipe}_${seed}_val_acc_none_best.pth ]] &&
-		attempt "test_${recipe}_${seed}" "$python" -m cifar_ignite evaluate --model "${recipe}_${seed}" \
-			--set "data.root=$data" --set "output_dir=$out/.runs"
+	recipe=${run%:*} seeds=${run#*:}
+	# FILE.json holds the seeds that were done, if time runs out.
+	attempt "accuracy_$recipe" "$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" \
+		--out "$out/accuracy_$recipe" ${EPOCHS:+--set "train.epochs=$EPOCHS"} --set "data.root=$data" \
+		--set "output_dir=$out/.runs" ${SET:+--set "$SET"}
 done
-grep -H "test accuracy" "$out"/test_*.log
 exit "$failed"

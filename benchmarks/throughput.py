@@ -45,13 +45,12 @@ from cifar_ignite.engines import (
     Forward,
     create_forward,
     create_trainer,
-    pays_to_compile,
     select_device,
     select_precision,
 )
 from cifar_ignite.loader import EvalLoader, TrainLoader
 from cifar_ignite.models import create_model
-from cifar_ignite.train import build_model, create_loaders, create_training_forward
+from cifar_ignite.train import build_model, create_loaders, create_optimizer, create_training_forward, should_compile
 
 Turn = Callable[[], int]
 """Does some work and returns how many images it was."""
@@ -77,7 +76,7 @@ class Setup:
         self.model = build_model(config, self.device)
         iterations = config.train.epochs * len(self.loader)
         self.forward = create_training_forward(config, self.model, self.loader, self.precision, iterations)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), **config.optimizer.model_dump(), fused=True)
+        self.optimizer = create_optimizer(config.optimizer, self.model)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         self.scaler = GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
@@ -87,7 +86,8 @@ class Setup:
 
     @property
     def is_compiled(self) -> bool:
-        return pays_to_compile(self.config.compile, self.device, self.config.train.epochs * len(self.loader))
+        iterations = self.config.train.epochs * len(self.loader)
+        return should_compile(self.config, self.device, iterations)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches without end."""
@@ -107,6 +107,8 @@ def project_turn(setup: Setup, iterations: int) -> Turn:
         trainer, setup.model, setup.optimizer, setup.scaler, options.clip_grad_norm, check_every
     )
     handlers.attach_metrics(trainer, setup.loss_fn, setup.device)
+    if options.ema_decay:
+        handlers.attach_ema(trainer, setup.model, options.ema_decay)
     batches = setup.batches()
 
     def turn() -> int:
@@ -243,7 +245,10 @@ def peer_loader(setup: Setup, images: Images, workers: int) -> Iterator[Any]:
 def peer_turn(setup: Setup, images: Images, iterations: int) -> Turn:
     """As the tutorials write it: eager, float32, NCHW, workers = cores, the loss read at each iteration."""
     model = create_model(num_classes=NUM_CLASSES, **setup.config.model.model_dump()).to(setup.device).train()
-    optimizer = torch.optim.SGD(model.parameters(), **setup.config.optimizer.model_dump())
+    options = setup.config.optimizer
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+    )
     batches = peer_loader(setup, images, workers=os.cpu_count() or 1)
 
     def turn() -> int:

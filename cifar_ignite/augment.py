@@ -56,8 +56,8 @@ def create_augment(config: AugmentConfig, num_classes: int, epochs: int) -> Augm
     strong, gentle = create_pipeline(config, num_classes), create_pipeline(config.model_copy(update=OFF), num_classes)
 
     def augment(images: Tensor, labels: Tensor, epoch: int, mirrored: Tensor) -> tuple[Tensor, Tensor]:
-        pipeline = strong if epoch < round(epochs * (1 - config.off_fraction)) else gentle
-        return pipeline(images, labels, mirrored)
+        is_last_part = config.off_fraction and epoch >= round(epochs * (1 - config.off_fraction))
+        return (gentle if is_last_part else strong)(images, labels, mirrored)
 
     return augment
 

@@ -204,9 +204,7 @@ def create_training_forward(
     """
     device, size = loader.images.device, loader.batch_size
     eager = create_forward(model, device, precision)
-    # Each change of a drop probability would be compiled anew.
-    fits = size <= len(loader.images) and not config.train.drop_path_ramp
-    if not fits or not pays_to_compile(config.compile, device, iterations):
+    if size > len(loader.images) or not should_compile(config, device, iterations):
         return eager
     forward = create_forward(model, device, precision, compiled_batch=size)
     images = torch.zeros(size, *loader.images.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
@@ -218,6 +216,11 @@ def create_training_forward(
         logger.warning("%s; going on without it", error)
         return eager
     return forward
+
+
+def should_compile(config: Config, device: torch.device, iterations: int) -> bool:
+    """Whether it is asked for or pays; each change of a drop probability would be compiled anew."""
+    return pays_to_compile(config.compile, device, iterations) and not config.train.drop_path_ramp
 
 
 def create_loaders(config: Config, images: Images, device: torch.device) -> tuple[TrainLoader, EvalLoader | None]:

@@ -3,7 +3,15 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.ablations import table
+from benchmarks.accuracy import time_to_accuracy
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,9 +52,74 @@ def test_throughput_measures_every_row_and_writes_them(tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_configuration_is_one_line(tmp_path):
+def test_accuracy_scores_the_last_weights_of_each_seed(tmp_path, tiny_file):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.throughput", "--set", "data.batch=1"],
+        [sys.executable, "-m", "benchmarks.accuracy", "--config", tiny_file, "--out", tmp_path / "acc", "--seeds=2"]
+        + [f"--set={setting}" for setting in ("seed=3", "train.ema_decay=0.5")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "acc.json").read_text())
+    assert [row["seed"] for row in result["seeds"]] == [3, 4]
+    names = ("tiny_seed3", "tiny_seed4")
+    for row, name in zip(result["seeds"], names, strict=True):
+        (folder,) = (tmp_path / "outputs" / "evaluations").glob(f"{name}_val_acc_none_*")
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert row["accuracy"] == metrics["accuracy"]
+        assert row["accuracy_tta_flip"] == metrics["tta"]["accuracy"]
+        (run,) = [
+            path.parent
+            for path in (tmp_path / "outputs" / "training_runs").glob("*/config.json")
+            if json.loads(path.read_text())["experiment"] == name
+        ]
+        history = pd.read_csv(run / "logs" / "metrics.csv")
+        assert row["seconds"] == pytest.approx(history["seconds"].sum())
+        assert history["val_acc"].isna().all()
+    accuracies = [row["accuracy"] for row in result["seeds"]]
+    assert result["summary"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert result["summary"]["accuracy"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| tiny, 2 epochs"))
+    assert f"| 2 | {100 * np.mean(accuracies):.2f}% ± {100 * np.std(accuracies, ddof=1):.2f} |" in row
+    assert "time_to_accuracy" in result
+
+
+def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_at_it():
+    history = pd.DataFrame({"epoch": [1, 2, 3, 4], "val_acc": [0.55, 0.82, 0.79, 0.9], "seconds": [2.0, 3.0, 4.0, 5.0]})
+    assert [(row["val_acc"], row["epoch"], row["seconds"]) for row in time_to_accuracy(history)] == [
+        (0.5, 1, 2.0), (0.6, 2, 5.0), (0.7, 2, 5.0), (0.8, 2, 5.0), (0.85, 4, 14.0), (0.9, 4, 14.0),
+    ]  # fmt: skip
+
+
+def test_ablations_compare_changes_seed_by_seed_and_read_no_test_set(tmp_path, tiny_file, cifar_root):
+    (cifar_root / "cifar-10-batches-py" / "test_batch").unlink()
+    changes = ["optimizer.lr=0.2 train.ema_decay=0.5", "model.dropout=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ablations", "--config", tiny_file, "--out", tmp_path / "abl"]
+        + [f"--vary={change}" for change in changes],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    accuracies = json.loads((tmp_path / "abl.json").read_text())["validation_accuracy"]
+    assert list(accuracies) == ["the recipe", *changes]
+    assert all(len(values) == 2 for values in accuracies.values())
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "outputs" / "training_runs").glob("*/config.json")]
+    trained = Counter((run["seed"], run["optimizer"]["lr"], run["model"]["dropout"]) for run in runs)
+    settings = ((0.05, None), (0.2, None), (0.05, 0.0))
+    assert trained == {(seed, *setting): 1 for seed in (0, 1) for setting in settings}
+    shown = table(accuracies)
+    assert shown["difference"][1] == pytest.approx(
+        100 * (np.mean(accuracies[changes[0]]) - np.mean(accuracies["the recipe"]))
+    )
+
+
+@pytest.mark.parametrize("benchmark", ["throughput", "accuracy", "ablations"])
+def test_a_wrong_configuration_is_one_line(benchmark):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{benchmark}", "--set", "data.batch=1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
