@@ -76,7 +76,7 @@ class Setup:
         self.model = build_model(config, self.device)
         iterations = config.train.epochs * len(self.loader)
         self.forward = create_training_forward(config, self.model, self.loader, self.precision, iterations)
-        self.optimizer = create_optimizer(config.optimizer, self.model)
+        self.optimizer = create_optimizer(config.optimizer, self.model, self.precision)
         self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         self.scaler = GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
@@ -101,7 +101,7 @@ def project_turn(setup: Setup, iterations: int) -> Turn:
     """The project's whole iteration: loader, augmentation, step, schedule, gradient guard, metrics."""
     options, config = setup.config.train, setup.config
     trainer = create_trainer(setup.model, setup.forward, setup.optimizer, setup.loss_fn, setup.scaler)
-    handlers.attach_schedule(trainer, setup.optimizer, config.schedule, config.optimizer.lr, 10**9)
+    handlers.attach_schedule(trainer, setup.optimizer, config.schedule, 10**9)
     check_every = 1 if setup.device.type == "cpu" else options.log_every
     handlers.attach_gradient_guard(
         trainer, setup.model, setup.optimizer, setup.scaler, options.clip_grad_norm, check_every

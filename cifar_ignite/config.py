@@ -109,13 +109,16 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Stochastic gradient descent with momentum. `lr` is the peak of the schedule."""
+    """SGD with momentum; or Muon (muon.py) on filters, SGD on all else. `lr` and `muon_lr`: peaks of the schedule."""
 
+    name: Literal["sgd", "muon"] = "sgd"
     lr: Positive = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 1e-4
     decay_norm_and_bias: bool = True
+    muon_lr: Positive = 0.08
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.6
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> "OptimizerConfig":

@@ -36,9 +36,7 @@ class NonFiniteError(RunFailedError):
 # --- Within an iteration ------------------------------------------------------------------------------------------
 
 
-def attach_schedule(
-    trainer: Engine, optimizer: Optimizer, schedule: ScheduleConfig, peak_lr: float, iterations: int
-) -> LRScheduler:
+def attach_schedule(trainer: Engine, optimizer: Optimizer, schedule: ScheduleConfig, iterations: int) -> LRScheduler:
     """Set the learning rate of each iteration, from the first on.
 
     onecycle: torch's OneCycleLR (Smith and Topin, 2017, arXiv:1708.07120), cosine up and cosine down.
@@ -47,9 +45,8 @@ def attach_schedule(
 
     Args:
         trainer: its iterations are counted.
-        optimizer: its learning rate is set.
+        optimizer: the learning rate of each of its groups is set, which now is the highest that it gets.
         schedule: the shape.
-        peak_lr: the highest learning rate.
         iterations: of the whole training.
 
     The rate is a function of the iteration alone: nothing of it is saved, `set_schedule` resumes it.
@@ -62,7 +59,7 @@ def attach_schedule(
         warmup = schedule.warmup_fraction * (1 + 1e-9 * (schedule.warmup_fraction * iterations == 1))
         torch_schedule: Any = OneCycleLR(
             optimizer,
-            max_lr=peak_lr,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=iterations,
             pct_start=warmup,
             div_factor=schedule.div_factor,

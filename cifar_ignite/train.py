@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ from cifar_ignite.engines import (
 )
 from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed
 from cifar_ignite.models import create_model
+from cifar_ignite.muon import Muon
 from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
 from cifar_ignite.resume import Resumed, find_resumed
 from cifar_ignite.saving import PatientSaver, attach_best_model, attach_checkpoints
@@ -104,13 +106,13 @@ def fit(
     device, options, checkpoints = train_loader.images.device, config.train, run_dir / "checkpoints"
     precision = select_precision(config.precision, device)
     scaler = GradScaler(device.type, enabled=precision == torch.float16)
-    optimizer = create_optimizer(config.optimizer, model)
+    optimizer = create_optimizer(config.optimizer, model, precision)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
     iterations = options.epochs * len(train_loader)
     forward = create_training_forward(config, model, train_loader, precision, iterations)
     trainer = create_trainer(model, forward, optimizer, loss_fn, scaler)
     timer = handlers.EpochTimer(trainer)
-    schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, config.optimizer.lr, iterations)
+    schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, iterations)
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
     check_every = 1 if device.type == "cpu" else options.log_every
     if options.drop_path_ramp:
@@ -179,19 +181,37 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
     if config.train.drop_path_ramp and not any(isinstance(module, StochasticDepth) for module in model.modules()):
         raise InputError(f"train.drop_path_ramp: {config.model.name} has no stochastic depth to lower; set it to 0")
+    if config.optimizer.name == "muon" and not find_filters(model):
+        raise InputError(f"optimizer.name: {config.model.name} has no convolution without a bias for Muon; take sgd")
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def create_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.SGD:
-    """SGD on two groups of parameters: the weights of convolutions and linear layers, and all others."""
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+def find_filters(model: nn.Module) -> list[Tensor]:
+    """The weights of convolutions that BatchNorm follows, known by their want of a bias."""
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return [convolution.weight for convolution in convolutions if convolution.bias is None]
+
+
+def create_optimizer(config: OptimizerConfig, model: nn.Module, precision: torch.dtype) -> torch.optim.SGD:
+    """SGD on two groups of parameters: weights, and all that has one dimension; a third one, of filters, for Muon.
+
+    Fused, so that an update can be skipped on the device (see handlers.attach_gradient_guard).
+    """
+    filters = find_filters(model) if config.name == "muon" else []
+    rest = [parameter for parameter in model.parameters() if all(parameter is not one for one in filters)]
     groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0},
+        {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {
+            "params": [parameter for parameter in rest if parameter.ndim <= 1],
+            "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0,
+        },
     ]
-    # Fused, so that an update can be skipped on the device (see handlers.attach_gradient_guard).
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, fused=True, **options)
+    dtype = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
+    lr, momentum = config.muon_lr, config.muon_momentum
+    return Muon(groups, filters, filter_lr=lr, filter_momentum=momentum, dtype=dtype, **options)
 
 
 def create_training_forward(

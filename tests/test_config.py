@@ -78,6 +78,7 @@ def test_a_byte_order_mark_is_harmless(tmp_path):
         ("augment.perspective_distortion=0.99", "augment.perspective_distortion: Input should be less than or equal"),
         ("experiment=../x", "experiment: String should match pattern"),
         ("schedule.name=step", "schedule.name: Input should be 'onecycle', 'cosine' or 'linear'"),
+        ("optimizer.name=adam", "optimizer.name: Input should be 'sgd' or 'muon'"),
         ("optimizer.momentum=0 optimizer.nesterov=true", "optimizer: nesterov: needs a momentum above 0"),
         ("compile=on train.drop_path_ramp=0.5", "compile: on would compile anew each epoch"),
         ("augment.erasing_scale=[0.5,0.1]", "augment: erasing_scale: the lower bound 0.5 is above the upper bound 0.1"),
@@ -132,6 +133,7 @@ EFFECTS = {
     "model.zero_init_residual": True,
     "model.se_reduction": 1,
     "model.drop_path_rate": 0.5,
+    "optimizer.name": "muon",
     "optimizer.lr": 0.1,
     "optimizer.momentum": 0.5,
     "optimizer.nesterov": True,
@@ -151,6 +153,8 @@ EFFECTS = {
 # Keys that matter beside another one.
 BESIDE = {
     "optimizer.decay_norm_and_bias": (False, ["optimizer.weight_decay=0.1"]),
+    "optimizer.muon_lr": (0.3, ["optimizer.name=muon"]),
+    "optimizer.muon_momentum": (0.9, ["optimizer.name=muon"]),
     "augment.crop_mode": ("constant", ["augment.crop_padding=8"]),
     "augment.mixup_p": (0.9, ["augment.cutmix_p=0"]),
     "augment.mixup_alpha": (5.0, ["augment.cutmix_p=0", "augment.mixup_p=1"]),

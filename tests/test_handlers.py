@@ -36,7 +36,7 @@ def rates(schedule, peak, iterations):
     """What the optimizer's learning rate is while each iteration's update is made."""
     optimizer, seen = sgd([nn.Parameter(torch.zeros(1))], lr=peak), []
     trainer = Engine(lambda engine, batch: seen.append(optimizer.param_groups[0]["lr"]))
-    handlers.attach_schedule(trainer, optimizer, schedule, peak, iterations)
+    handlers.attach_schedule(trainer, optimizer, schedule, iterations)
     trainer.run(range(iterations // 2), max_epochs=2)
     return seen
 

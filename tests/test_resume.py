@@ -510,7 +510,7 @@ def test_a_stop_leaves_the_engines_between_two_iterations():
 
 def test_the_harness_notices_what_differs(command, tiny_file, tmp_path, straight):
     """The comparison that all the above rests on is not blind."""
-    for number, changed in enumerate(({"seed": 1}, {"optimizer.weight_decay": 0.01}, {"train.ema_decay": 0.7})):
+    for number, changed in enumerate(({"seed": 1}, {"optimizer.weight_decay": 0.01}, {"train.ema_decay": 0.05})):
         out = tmp_path / f"changed{number}"
         command("train", "--config", tiny_file, *overrides(**changed, output_dir=out))
         (run_dir,) = (out / "training_runs").iterdir()
