@@ -50,7 +50,8 @@ class Muon(SGD):
         group = self.param_groups[-1]
         alike = defaultdict(list)
         for filters in group["params"]:
-            alike[filters.shape].append(filters)
+            if filters.grad is not None:
+                alike[filters.shape].append(filters)
         for parameters in alike.values():
             self._step_filters(parameters, group["lr"], group["momentum"])
         for filters in group["params"]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_ignite.config import OptimizerConfig
-from cifar_ignite.models import create_model
+from cifar_ignite.config import Config, InputError, ModelConfig, OptimizerConfig
+from cifar_ignite.models import MODELS, create_model
 from cifar_ignite.muon import Muon, orthogonalize
-from cifar_ignite.train import create_optimizer, find_filters
+from cifar_ignite.train import build_model, create_optimizer, find_filters
 
 OPTIONS = {"filter_lr": 0.1, "filter_momentum": 0.6, "dtype": torch.bfloat16}
 
@@ -114,6 +114,25 @@ def test_no_update_with_found_inf():
     give_gradients([*filters, other], generator)
     optimizer.step()
     assert not torch.equal(filters[0], before[0][0])
+
+
+def test_filters_without_a_gradient_stay():
+    generator = torch.Generator().manual_seed(0)
+    filters = [nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator)) for _ in range(3)]
+    before = copy.deepcopy(filters)
+    give_gradients(filters[1:2], generator)
+    muon(filters).step()
+    assert [torch.equal(one, other) for one, other in zip(filters, before, strict=True)] == [True, False, True]
+
+
+def test_a_model_without_filters_is_refused(monkeypatch):
+    def flat_net(*, num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))
+
+    monkeypatch.setitem(MODELS, "flat_net", flat_net)
+    config = Config(model=ModelConfig(name="flat_net"), optimizer=OptimizerConfig(name="muon"))
+    with pytest.raises(InputError, match=r"^optimizer.name: flat_net has no convolution without a bias"):
+        build_model(config, torch.device("cpu"))
 
 
 def test_a_norm_is_kept_and_the_gradients_scale_does_not_matter():

@@ -429,9 +429,12 @@ def test_the_end_tells_whose_the_published_model_is(command, tiny_file, tmp_path
     assert (best.run, best.epoch, best.val_acc) == (first, 2, 0.5)
 
 
-def test_resuming_is_exact_in_half_precision_with_its_gradient_scale(command, tiny_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_resuming_is_exact_in_half_precision_with_its_gradient_scale(
+    command, tiny_file, tmp_path, monkeypatch, optimizer
+):
     out = tmp_path / "straight"
-    half = {"precision": "fp16"}
+    half = {"precision": "fp16", "optimizer.name": optimizer}
     assert command("train", "--config", tiny_file, *overrides(output_dir=out, **half))[0] == 0
     with monkeypatch.context() as patched:
         signal_at(patched, 6, signal.SIGTERM)
