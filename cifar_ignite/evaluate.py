@@ -18,14 +18,14 @@ from ignite.handlers import EpochOutputStore, ProgressBar
 from ignite.metrics import ConfusionMatrix
 from torch import Tensor, nn
 
-from cifar_ignite.checkpoints import RunRecord, create_unique_dir, load_checkpoint, newest
-from cifar_ignite.config import Config, InputError, parse_config
+from cifar_ignite.checkpoints import create_unique_dir
+from cifar_ignite.config import Config, InputError
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
-from cifar_ignite.engines import Forward, create_evaluator, create_forward, select_device, select_precision
+from cifar_ignite.engines import Forward, create_evaluator, create_forward, select_precision
 from cifar_ignite.figures import draw_confusion_matrix
 from cifar_ignite.handlers import attach_metrics
 from cifar_ignite.loader import EvalLoader
-from cifar_ignite.models import create_model
+from cifar_ignite.trained import load_trained
 
 SAMPLES = 10
 
@@ -54,14 +54,8 @@ def evaluate(
     Raises:
         InputError: checkpoint or data are missing or do not fit; nothing was written.
     """
-    where = [override for override in overrides if override.partition("=")[0].strip() == "output_dir"]
-    output_dir = parse_config({}, "--set", where).output_dir
-    path = checkpoint or find_best_model(output_dir, model_name)
-    saved = load_checkpoint(path)
-    record: RunRecord = saved["record"]
-    config = parse_config(record.config, str(path), [*overrides, f"output_dir={output_dir}"])
-    device = select_device(config.device)
-    model = load_model(config, saved.get("ema", saved["model"]), path).to(device).to(memory_format=torch.channels_last)
+    trained = load_trained(checkpoint, model_name, overrides)
+    path, record, config, device, model = trained.path, trained.record, trained.config, trained.device, trained.model
     images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
     logger.info(
         "%s from %s, epoch %d, on %d images of %s",
@@ -81,7 +75,7 @@ def evaluate(
     val_acc = "none" if record.val_acc is None else f"{100 * record.val_acc:.2f}"
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
-        folder = create_unique_dir(output_dir / "evaluations", f"{config.experiment}_val_acc_{val_acc}_{stamp}")
+        folder = create_unique_dir(config.output_dir / "evaluations", f"{config.experiment}_val_acc_{val_acc}_{stamp}")
         write_predictions(images, probabilities, folder / "predictions.csv")
         if tta:
             write_predictions(images, tta_probabilities, folder / f"predictions_tta_{tta}.csv")
@@ -91,7 +85,7 @@ def evaluate(
             matrix = metrics["confusion"].numpy()
             draw_confusion_matrix(matrix, record.class_names, folder / "confusion_matrix.png")
     except OSError as error:
-        raise InputError(f"output_dir: cannot write into {output_dir}: {error.strerror}") from None
+        raise InputError(f"output_dir: cannot write into {config.output_dir}: {error.strerror}") from None
     log_samples(images, probabilities, record.class_names)
     log_statistics(images, probabilities, record.class_names)
     if "accuracy" in metrics:
@@ -101,34 +95,6 @@ def evaluate(
             logger.info("with test-time augmentation (%s): accuracy %.2f%%, loss %.4f", *shown)
     logger.info("evaluation  %s (%s)", folder, ", ".join(sorted(item.name for item in folder.iterdir())))
     return folder
-
-
-def find_best_model(output_dir: Path, model_name: str | None) -> Path:
-    """The newest of the best models, of one experiment or of all."""
-    folder = output_dir / "best_models"
-    found = newest(folder.glob("*_best.pth"))
-    if model_name:
-        found = newest(
-            path
-            for path in (folder / f"{model_name}_best.pth", folder / f"{model_name}_val_acc_none_best.pth")
-            if path.exists()
-        )
-    if found is None:
-        known = ", ".join(sorted(path.name.removesuffix("_best.pth") for path in folder.glob("*_best.pth")))
-        wanted = f"of {model_name!r} " if model_name else ""
-        hint = f"there are {known}" if known else "train one first: make train MODEL=se"
-        raise InputError(f"{folder}: no best model {wanted}there; {hint}")
-    return found
-
-
-def load_model(config: Config, weights: dict[str, Tensor], path: Path) -> nn.Module:
-    """Rebuild the network that the configuration names, with the weights of a checkpoint."""
-    model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError):
-        raise InputError(f"{path}: its weights are not those of a {config.model.name} as configured") from None
-    return model
 
 
 def average_views(forward: Forward, tta: str) -> Forward:
