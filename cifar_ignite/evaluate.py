@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from ignite.handlers import EpochOutputStore, ProgressBar
-from ignite.metrics import ConfusionMatrix
+from ignite.metrics import ConfusionMatrix, Fbeta, Precision, Recall, TopKCategoricalAccuracy
 from torch import Tensor, nn
 
 from cifar_ignite.checkpoints import create_unique_dir
 from cifar_ignite.config import Config, InputError
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
 from cifar_ignite.engines import Forward, create_evaluator, create_forward, select_precision
-from cifar_ignite.figures import draw_confusion_matrix
 from cifar_ignite.handlers import attach_metrics
 from cifar_ignite.loader import EvalLoader
-from cifar_ignite.trained import load_trained
+from cifar_ignite.report import write_report
+from cifar_ignite.scores import Scores, format_classes, score
+from cifar_ignite.trained import Trained, load_trained
 
 SAMPLES = 10
 
@@ -55,46 +55,51 @@ def evaluate(
         InputError: checkpoint or data are missing or do not fit; nothing was written.
     """
     trained = load_trained(checkpoint, model_name, overrides)
-    path, record, config, device, model = trained.path, trained.record, trained.config, trained.device, trained.model
+    config, device, model = trained.config, trained.device, trained.model
     images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
+    data = test_file.name if test_file else f"the test set of {config.data.source}"
     logger.info(
         "%s from %s, epoch %d, on %d images of %s",
         config.model.name,
-        path,
-        record.epoch,
+        trained.path,
+        trained.record.epoch,
         len(images.images),
         test_file or config.data.source,
     )
     forward = create_forward(model, device, select_precision(config.precision, device))
-    probabilities, metrics = run_evaluator(model, forward, images, config, device)
-    summary: dict[str, Any] = {"images": len(images.images)} | summarize(metrics)
-    if tta:
-        tta_probabilities, tta_metrics = run_evaluator(model, average_views(forward, tta), images, config, device)
-        summary |= {"tta": {"name": tta} | summarize(tta_metrics)}
-
-    val_acc = "none" if record.val_acc is None else f"{100 * record.val_acc:.2f}"
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    scores = score_by(forward, trained, images)
+    averaged = score_by(average_views(forward, tta), trained, images) if tta else None
+    summary = {"run": trained.record.run, "epoch": trained.record.epoch, "data": data} | scores.summary
+    if tta and averaged:
+        summary["tta"] = {"name": tta} | averaged.summary
     try:
-        folder = create_unique_dir(config.output_dir / "evaluations", f"{config.experiment}_val_acc_{val_acc}_{stamp}")
-        write_predictions(images, probabilities, folder / "predictions.csv")
-        if tta:
-            write_predictions(images, tta_probabilities, folder / f"predictions_tta_{tta}.csv")
+        folder = create_folder(trained)
+        write_predictions(scores, folder / "predictions.csv")
+        if averaged:
+            write_predictions(averaged, folder / f"predictions_tta_{tta}.csv")
+        scores.details.to_csv(folder / "details.csv", index=False, float_format="%.6f")
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        link_checkpoint(path, folder / "model.pth")
-        if "confusion" in metrics:
-            matrix = metrics["confusion"].numpy()
-            draw_confusion_matrix(matrix, record.class_names, folder / "confusion_matrix.png")
+        link_checkpoint(trained.path, folder / "model.pth")
+        write_report(folder, trained, scores, summary, images, ["--tta", tta] if tta else [])
     except OSError as error:
         raise InputError(f"output_dir: cannot write into {config.output_dir}: {error.strerror}") from None
-    log_samples(images, probabilities, record.class_names)
-    log_statistics(images, probabilities, record.class_names)
-    if "accuracy" in metrics:
-        logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
-        if tta:
-            shown = (tta, 100 * tta_metrics["accuracy"], tta_metrics["loss"])
-            logger.info("with test-time augmentation (%s): accuracy %.2f%%, loss %.4f", *shown)
+    log_scores(scores)
+    if tta and averaged and images.labels is not None:
+        shown = (tta, 100 * averaged.summary["accuracy"], averaged.summary["loss"])
+        logger.info("with test-time augmentation (%s): accuracy %.2f%%, loss %.4f", *shown)
     logger.info("evaluation  %s (%s)", folder, ", ".join(sorted(item.name for item in folder.iterdir())))
     return folder
+
+
+def create_folder(trained: Trained) -> Path:
+    """A new evaluation folder, named by experiment, validation accuracy in percent, and time."""
+    val_acc = "none" if trained.record.val_acc is None else f"{100 * trained.record.val_acc:.2f}"
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"{trained.config.experiment}_val_acc_{val_acc}_{stamp}"
+    return create_unique_dir(trained.config.output_dir / "evaluations", name)
+
+
+# --- Predicting ---------------------------------------------------------------------------------------------------
 
 
 def average_views(forward: Forward, tta: str) -> Forward:
@@ -117,19 +122,19 @@ def average_views(forward: Forward, tta: str) -> Forward:
     return {"flip": mirrored, "shift": shifted}[tta]
 
 
-def summarize(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Those of the metrics that are numbers."""
-    return {name: float(metrics[name]) for name in ("accuracy", "loss") if name in metrics}
+def score_by(forward: Forward, trained: Trained, images: Images) -> Scores:
+    """The predictions of `forward`, which goes through the trained model, and what they are worth."""
+    probabilities, metrics = run_evaluator(trained.model, forward, images, trained.config, trained.device)
+    return score(images, probabilities, metrics, trained.record.class_names)
 
 
 def run_evaluator(
     model: nn.Module, forward: Forward, images: Images, config: Config, device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Predict all images by `forward`, which goes through `model`.
 
     Returns:
-        Probabilities, float (N, 10) on the CPU, and, where labels exist, "loss", "accuracy" and "confusion", counts
-        (10, 10) by true and predicted class.
+        Probabilities, float (N, 10) on the CPU, and, where labels exist, the metrics that `scores.score` wants.
     """
     evaluator = create_evaluator(model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
@@ -139,16 +144,29 @@ def run_evaluator(
     if images.labels is not None:
         labels = images.labels.to(device)
         attach_metrics(evaluator, F.cross_entropy, device)
-        ConfusionMatrix(NUM_CLASSES, device=device).attach(evaluator, "confusion")
+        precision, recall = Precision(average=False, device=device), Recall(average=False, device=device)
+        for name, metric in {
+            "top2_accuracy": TopKCategoricalAccuracy(2, device=device),
+            "confusion": ConfusionMatrix(NUM_CLASSES, device=device),
+            "precision": precision,
+            "recall": recall,
+            "f1": Fbeta(1, average=False, precision=precision, recall=recall),
+        }.items():
+            metric.attach(evaluator, name)
     mean, std = config.augment.mean, config.augment.std
     loader = EvalLoader(images.images.to(device), labels, batch_size=config.data.batch_size, mean=mean, std=std)
     state = evaluator.run(loader)
     return torch.cat(state.logits).float().softmax(1).cpu(), state.metrics  # type: ignore[attr-defined]
 
 
-def write_predictions(images: Images, probabilities: Tensor, path: Path) -> None:
+# --- Writing and telling ------------------------------------------------------------------------------------------
+
+
+def write_predictions(scores: Scores, path: Path) -> None:
     """predictions.csv: ID and Labels (the predicted class, 0 to 9), a row an image in the order of the test set."""
-    pd.DataFrame({"ID": images.ids, "Labels": probabilities.argmax(1).numpy()}).to_csv(path, index=False)
+    numbers = {name: number for number, name in enumerate(scores.classes.index)}
+    labels = scores.details["predicted"].map(numbers)
+    pd.DataFrame({"ID": scores.details["ID"], "Labels": labels}).to_csv(path, index=False)
 
 
 def link_checkpoint(checkpoint: Path, link: Path) -> None:
@@ -159,48 +177,25 @@ def link_checkpoint(checkpoint: Path, link: Path) -> None:
         shutil.copyfile(checkpoint, link)
 
 
-def log_samples(images: Images, probabilities: Tensor, class_names: Sequence[str]) -> None:
-    """The first few predictions with their confidence."""
-    confidence, predicted = probabilities[:SAMPLES].max(1)
-    table = pd.DataFrame(
-        {
-            "ID": images.ids[:SAMPLES],
-            "predicted": [class_names[label] for label in predicted],
-            "confidence": [f"{value:.1%}" for value in confidence.tolist()],
-        }
-    )
-    if images.labels is not None:
-        table["true"] = [class_names[label] for label in images.labels[:SAMPLES]]
-        table[""] = ["" if right else "wrong" for right in table["predicted"] == table["true"]]
-    logger.info("\nsample predictions\n%s\n", table.to_string(index=False))
-
-
-def log_statistics(images: Images, probabilities: Tensor, class_names: Sequence[str]) -> None:
-    """By class: how often it was predicted, how confidently, and, where labels exist, how many of it were found."""
-    confidence, predicted = probabilities.max(1)
-    table = pd.DataFrame({"predicted": predicted, "confidence": confidence})
-    statistics = table.groupby("predicted")["confidence"].agg(["size", "mean"]).reindex(range(NUM_CLASSES))
-    shown = pd.DataFrame(
-        {
-            "class": class_names,
-            "predicted": statistics["size"].fillna(0).astype(int),
-            "share": (statistics["size"].fillna(0) / len(table)).map("{:.1%}".format),
-            "mean confidence": statistics["mean"].map(_percent),
-        }
-    )
-    if images.labels is not None:
-        right = pd.Series((predicted == images.labels).numpy()).groupby(images.labels.numpy()).mean()
-        shown["accuracy"] = right.reindex(range(NUM_CLASSES)).map(_percent)
-    logger.info("by class\n%s\n", shown.to_string(index=False))
-    low, middle = confidence.min().item(), confidence.median().item()
+def log_scores(scores: Scores) -> None:
+    """The first few predictions, the table by class, confidence, and accuracy where labels are known."""
+    columns = [name for name in ("ID", "predicted", "confidence", "true") if name in scores.details]
+    samples = scores.details[columns].head(SAMPLES).copy()
+    samples["confidence"] = samples["confidence"].map("{:.1%}".format)
+    if "true" in samples:
+        samples[""] = ["" if right else "wrong" for right in samples["predicted"] == samples["true"]]
+    logger.info("\nsample predictions\n%s\n", samples.to_string(index=False))
+    logger.info("by class\n%s\n", format_classes(scores.classes).to_string())
+    confidence = scores.details["confidence"]
     logger.info(
         "confidence: mean %.1f%%, median %.1f%%, lowest %.1f%%; %.1f%% of the images below 50%%",
-        100 * confidence.mean().item(),
-        100 * middle,
-        100 * low,
-        100 * (confidence < 0.5).float().mean().item(),
+        *(
+            100 * value
+            for value in (confidence.mean(), confidence.median(), confidence.min(), (confidence < 0.5).mean())
+        ),
     )
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{share:.1%}"
+    if "accuracy" in scores.summary:
+        names = ("top2_accuracy", "expected_calibration_error", "accuracy")
+        top2, error, accuracy = (100 * scores.summary[name] for name in names)
+        logger.info("top-2 accuracy %.2f%%, expected calibration error %.2f%%", top2, error)
+        logger.info("test accuracy %.2f%%, test loss %.4f", accuracy, scores.summary["loss"])
