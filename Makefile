@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train evaluate models bench accuracy test lint format
+.PHONY: help install demo train evaluate predict export compare doctor tensorboard models schema bench accuracy test lint format
 
 # An activated conda or virtual environment that holds the package is used; otherwise .venv is built once.
 PYTHON ?= python3
@@ -30,7 +30,7 @@ suffix := $(if $(filter-out cifar10,$(value DATA)),_$(value DATA))
 experiment := $(if $(suffix), --set experiment='$(call escape,$(recipe)$(suffix))')
 
 help: ## Print this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
 
 demo: $(environment) ## Set up, train and evaluate on the embedded data: no download, a few minutes
 	$(run) -m cifar_ignite train --config configs/demo.json$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
@@ -39,11 +39,35 @@ demo: $(environment) ## Set up, train and evaluate on the embedded data: no down
 train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH
 	$(run) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
+# Which trained model a target takes: MODEL= and RECIPE= name an experiment, CHECKPOINT= a file; else the newest best one.
+trained = $(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)
+tta = $(if $(value TTA), --tta '$(call escape,$(patsubst 1,flip,$(value TTA)))')
+
 evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE= TTA=1|shift
-	$(run) -m cifar_ignite evaluate$(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)$(call option,TEST_FILE,test-file)$(if $(value TTA), --tta '$(call escape,$(patsubst 1,flip,$(value TTA)))')$(overrides)
+	$(run) -m cifar_ignite evaluate$(trained)$(call option,TEST_FILE,test-file)$(tta)$(overrides)
+
+predict: $(environment) ## Say what is in your own pictures: IMAGES=file or folder, MODEL= or CHECKPOINT=, TTA=1|shift
+	@$(if $(value IMAGES),:,echo "name a picture or a folder of pictures: make predict IMAGES=path" >&2; exit 2)
+	$(run) -m cifar_ignite predict$(trained)$(tta)$(overrides) -- '$(call escape,$(value IMAGES))'
+
+export: $(environment) ## Write a model for use elsewhere (torch.export; ONNX with the extra onnx): MODEL= or CHECKPOINT=
+	$(run) -m cifar_ignite export$(trained)$(overrides)
+
+compare: $(environment) ## A table and a picture of all runs
+	$(run) -m cifar_ignite compare$(overrides)
+
+doctor: $(environment) ## Check installation, device, data and disk
+	$(run) -m cifar_ignite doctor$(overrides)
+
+tensorboard: $(environment) ## Look at the runs in a browser (with the extra tensorboard)
+	@$(run) -c 'import tensorboard' 2>/dev/null || { echo "TensorBoard is not installed: $(run) -m pip install -e '.[tensorboard]'" >&2; exit 2; }
+	$(run) -m tensorboard.main --logdir '$(call escape,$(or $(value OUTPUT_DIR),outputs))/training_runs'
 
 models: $(environment) ## List the models with their parameters and multiply-adds
 	@$(run) -m cifar_ignite models
+
+schema: $(environment) ## Write configs/schema.json anew, after a change of config.py
+	$(run) -m cifar_ignite schema > configs/.schema && mv configs/.schema configs/schema.json
 
 bench: $(environment) ## Measure images a second against the limit and a tutorial's loop: MODEL= SET= OUT=file
 	$(run) -m benchmarks.throughput --config 'configs/$(call escape,$(recipe)).json'$(overrides)$(call option,OUT,out)

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted (SIGINT), 14
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cifar_ignite.config import InputError, RunFailedError, load_config
+from cifar_ignite.config import InputError, RunFailedError, describe_schema, load_config
 
 # torch takes seconds to import; `--help` and a wrong option should not wait for it, so commands import what they call.
 
@@ -86,25 +87,60 @@ def create_parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_train)
 
     command = commands.add_parser("evaluate", help="predict the test set with a trained model", allow_abbrev=False)
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint (default: the newest best model)")
-    which.add_argument("--model", metavar="NAME", help="the best model of this experiment")
+    _add_trained(command)
     command.add_argument(
         "--test-file", type=Path, metavar="PATH", help="unlabelled competition pickle, in place of the test set"
     )
-    command.add_argument(
-        "--tta",
-        choices=("flip", "shift"),
-        help="also evaluate the mean over views of each image: mirrored, or mirrored and moved by one pixel",
-    )
+    _add_tta(command, "also evaluate")
     _add_overrides(command)
     command.set_defaults(command=_evaluate)
+
+    command = commands.add_parser("predict", help="say what is in pictures of your own", allow_abbrev=False)
+    command.add_argument("images", type=Path, nargs="+", metavar="PATH", help="a picture, or a folder of pictures")
+    _add_trained(command)
+    _add_tta(command, "predict by")
+    _add_overrides(command)
+    command.set_defaults(command=_predict)
+
+    command = commands.add_parser(
+        "export",
+        help="write a trained model for use elsewhere: torch.export, and ONNX if installed",
+        allow_abbrev=False,
+    )
+    _add_trained(command)
+    _add_overrides(command)
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("compare", help="a table and a picture of all runs", allow_abbrev=False)
+    _add_overrides(command)
+    command.set_defaults(command=_compare)
+
+    command = commands.add_parser("doctor", help="check installation, device, data and disk", allow_abbrev=False)
+    _add_overrides(command)
+    command.set_defaults(command=_doctor)
 
     command = commands.add_parser(
         "models", help="list the models with parameters and multiply-adds", allow_abbrev=False
     )
     command.set_defaults(command=_models)
+
+    command = commands.add_parser("schema", help="print the JSON schema of configurations", allow_abbrev=False)
+    command.set_defaults(command=_schema)
     return parser
+
+
+def _add_trained(command: argparse.ArgumentParser) -> None:
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint (default: the newest best model)")
+    which.add_argument("--model", metavar="NAME", help="the best model of this experiment")
+
+
+def _add_tta(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--tta",
+        choices=("flip", "shift"),
+        help=f"{what} the mean over views of each image: mirrored, or mirrored and moved by one pixel",
+    )
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
@@ -131,10 +167,38 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate(options.checkpoint, options.model, options.test_file, options.overrides, options.tta)
 
 
+def _predict(options: argparse.Namespace) -> None:
+    from cifar_ignite.predict import predict
+
+    predict(options.images, options.checkpoint, options.model, options.overrides, options.tta)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from cifar_ignite.export import export
+
+    export(options.checkpoint, options.model, options.overrides)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from cifar_ignite.compare import compare
+
+    compare(options.overrides)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from cifar_ignite.doctor import diagnose
+
+    diagnose(options.overrides)
+
+
 def _models(options: argparse.Namespace) -> None:
     from cifar_ignite.models import describe_models
 
     print(describe_models())
+
+
+def _schema(options: argparse.Namespace) -> None:
+    print(json.dumps(describe_schema(), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

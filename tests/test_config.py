@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import jsonschema
 import pandas as pd
 import pytest
 import torch
@@ -15,14 +16,15 @@ from cifar_ignite.evaluate import evaluate
 from cifar_ignite.models import create_model
 from cifar_ignite.train import train
 
-SHIPPED = sorted((REPOSITORY / "configs").glob("*.json"))
+SCHEMA = REPOSITORY / "configs" / "schema.json"
+SHIPPED = sorted(set((REPOSITORY / "configs").glob("*.json")) - {SCHEMA})
 KEYS = set(flatten(Config().model_dump(mode="json")))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configurations_are_complete_and_build_their_model(path):
     config = load_config(path)
-    assert flatten(json.loads(path.read_text())).keys() == KEYS
+    assert flatten(json.loads(path.read_text())).keys() == KEYS | {"$schema"}
     assert config.experiment == path.stem
     create_model(num_classes=10, **config.model.model_dump())
 
@@ -46,6 +48,36 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
     assert load_config(again) == config
     assert config.seed == 3
     assert str(config.output_dir) == "1"
+
+
+def test_the_schema_for_editors_is_current(command):
+    """make schema writes it."""
+    assert json.loads(SCHEMA.read_text()) == json.loads(command("schema")[1])
+
+
+def test_editors_find_the_schema_and_see_by_it_what_is_wrong():
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    for path in SHIPPED:
+        tree = json.loads(path.read_text())
+        assert (path.parent / tree["$schema"]).resolve() == SCHEMA
+        assert list(validator.iter_errors(tree)) == []
+    wrong = {"optimizer": {"lr": 0, "momentun": 0.9}, "seed": "1", "augment": {"erasing_scale": [0.1]}}
+    found = {".".join(map(str, error.path)) for error in validator.iter_errors(wrong)}
+    assert found == {"optimizer.lr", "optimizer", "seed", "augment.erasing_scale"}
+
+
+def test_editors_and_readme_give_every_key_the_same_meaning():
+    schema = json.loads(SCHEMA.read_text())
+
+    def meanings(node, prefix=""):
+        for name, field in node["properties"].items():
+            if "$ref" in field:
+                yield from meanings(schema["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+            elif name != "$schema":
+                yield f"{prefix}{name}", " ".join(field["description"].split())
+
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| `.+?` \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert dict(meanings(schema)) == dict(rows)
 
 
 def test_configurations_are_frozen():
