@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
 from cifar_ignite.config import AugmentConfig, Config, InputError, load_config
-from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images
+from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images, split_images
 from cifar_ignite.engines import (
     Forward,
     create_forward,
@@ -72,7 +72,7 @@ class Setup:
 
     def __init__(self, config: Config, images: Images) -> None:
         self.config, self.device = config, select_device(config.device)
-        self.loader, _ = create_loaders(config, images, self.device)
+        self.loader, _ = create_loaders(config, split_images(config.data, images), self.device)
         self.model = build_model(config, self.device)
         iterations = config.train.epochs * len(self.loader)
         self.forward = create_training_forward(config, self.model, self.loader, self.precision, iterations)

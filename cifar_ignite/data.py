@@ -276,6 +276,22 @@ def _shape_masks(x: np.ndarray, y: np.ndarray, phase: np.ndarray) -> np.ndarray:
 # --- The split ----------------------------------------------------------------------------------------------------
 
 
+def split_images(config: DataConfig, images: Images) -> tuple[Images, Images]:
+    """Copies of the images to train on, and of those held out for validation, which may be none.
+
+    Raises:
+        InputError: as `split_validation`.
+    """
+    labels = images.labels
+    assert labels is not None, "training images have labels"
+
+    def select(rows: Tensor) -> Images:
+        return Images(images.images.index_select(0, rows), labels[rows], rows.tolist(), images.class_names)
+
+    train_rows, val_rows = split_validation(labels, config.validation, config.split_seed)
+    return select(train_rows), select(val_rows)
+
+
 def split_validation(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and validation images: a seeded, stratified hold-out.
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ignite.handlers import EpochOutputStore, ProgressBar
 from ignite.metrics import ConfusionMatrix, Fbeta, Precision, Recall, TopKCategoricalAccuracy
 from torch import Tensor, nn
 
+from cifar_ignite import processes
 from cifar_ignite.checkpoints import create_unique_dir
 from cifar_ignite.config import Config, InputError
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
@@ -39,7 +41,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     tta: str | None = None,
 ) -> Path:
-    """Predict the test set with a trained model.
+    """Predict the test set with a trained model; under torchrun or SLURM, together with the job's other processes.
 
     Args:
         checkpoint: any checkpoint of this project; None takes the newest best model.
@@ -49,14 +51,22 @@ def evaluate(
         tta: test-time augmentation that is evaluated too, beside the plain model: "flip" or "shift" (`average_views`).
 
     Returns:
-        The evaluation folder.
+        The evaluation folder; where several processes evaluate, the first one makes it, and others return its parent.
 
     Raises:
         InputError: checkpoint or data are missing or do not fit; nothing was written.
     """
     trained = load_trained(checkpoint, model_name, overrides)
+    with processes.joined(trained.device):
+        return evaluate_trained(trained, test_file, tta)
+
+
+def evaluate_trained(trained: Trained, test_file: Path | None, tta: str | None) -> Path:
+    """What `evaluate` does once the network is there."""
     config, device, model = trained.config, trained.device, trained.model
-    images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
+    (images,) = processes.load_once(
+        lambda: [read_test_file(test_file) if test_file else load_images(config.data, train=False)]
+    )
     data = test_file.name if test_file else f"the test set of {config.data.source}"
     logger.info(
         "%s from %s, epoch %d, on %d images of %s",
@@ -72,6 +82,9 @@ def evaluate(
     summary = {"run": trained.record.run, "epoch": trained.record.epoch, "data": data} | scores.summary
     if tta and averaged:
         summary["tta"] = {"name": tta} | averaged.summary
+    if idist.get_rank():
+        return config.output_dir / "evaluations"
+
     try:
         folder = create_folder(trained)
         write_predictions(scores, folder / "predictions.csv")
@@ -139,7 +152,8 @@ def run_evaluator(
     evaluator = create_evaluator(model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
     outputs.attach(evaluator, "logits")
-    ProgressBar(disable=None, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
+    hidden = None if idist.get_rank() == 0 else True
+    ProgressBar(disable=hidden, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
     labels = None
     if images.labels is not None:
         labels = images.labels.to(device)
@@ -154,9 +168,18 @@ def run_evaluator(
         }.items():
             metric.attach(evaluator, name)
     mean, std = config.augment.mean, config.augment.std
-    loader = EvalLoader(images.images.to(device), labels, batch_size=config.data.batch_size, mean=mean, std=std)
+    loader = EvalLoader(
+        images.images.to(device),
+        labels,
+        batch_size=config.data.batch_size,
+        mean=mean,
+        std=std,
+        rank=idist.get_rank(),
+        processes=idist.get_world_size(),
+    )
     state = evaluator.run(loader)
-    return torch.cat(state.logits).float().softmax(1).cpu(), state.metrics  # type: ignore[attr-defined]
+    logits = processes.collect(state.logits, loader.rows(), len(images.images))  # type: ignore[attr-defined]
+    return logits.float().softmax(1).cpu(), state.metrics
 
 
 # --- Writing and telling ------------------------------------------------------------------------------------------
