@@ -13,9 +13,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ def compare(one: Any, other: Any, where: str) -> list[str]:
     return [] if one == other else [where]
 
 
-def start(arguments: list[str], log: Path, threads: int = 1) -> int:
+def start(arguments: list[str], log: Path, threads: int = 1, environment: Mapping[str, str] | None = None) -> int:
     """Run one command in a forked process; returns its number. Forked, because importing torch takes seconds.
 
     OpenMP's threads do not survive a fork: this process must not have started any, so it computes with one alone.
@@ -105,6 +107,7 @@ def start(arguments: list[str], log: Path, threads: int = 1) -> int:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(threads)
+        os.environ.update(environment or {})
         status = run_command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -112,6 +115,18 @@ def start(arguments: list[str], log: Path, threads: int = 1) -> int:
         status = 130
     finally:
         os._exit(status)
+
+
+def start_job(arguments: list[str], log: Path, processes: int, threads: int = 1) -> list[int]:
+    """Run one command in several processes that know of each other, as torchrun does; returns their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(arguments, log, threads, places | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
 
 
 def wait(pid: int, seconds: float) -> int | None:

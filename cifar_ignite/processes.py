@@ -243,11 +243,7 @@ def load_once(load: Callable[[], Sequence[Images]]) -> Sequence[Images]:
     path = Path(tempfile.gettempdir()) / f"cifar_ignite-{same_for_all(secrets.token_hex(8))}-{idist.get_node_rank()}"
     try:
         if idist.get_local_rank() == 0:
-            try:
-                with path.open("xb") as file:
-                    torch.save([vars(images) for images in load()], file)
-            except (OSError, RuntimeError) as error:
-                raise InputError(f"TMPDIR: cannot share the images through {path}: {error}") from None
+            _write_images(path, load())
         dist.barrier(_hosts)
         parts = torch.load(path, mmap=True, weights_only=True)
         dist.barrier(_hosts)
@@ -255,6 +251,14 @@ def load_once(load: Callable[[], Sequence[Images]]) -> Sequence[Images]:
         if idist.get_local_rank() == 0:
             path.unlink(missing_ok=True)
     return [Images(**part) for part in parts]
+
+
+def _write_images(path: Path, parts: Sequence[Images]) -> None:
+    try:
+        with path.open("xb") as file:
+            torch.save([vars(images) for images in parts], file)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        raise InputError(f"TMPDIR: cannot share the images through {path}: {str(error).splitlines()[0]}") from None
 
 
 # --- Restarting ---------------------------------------------------------------------------------------------------
