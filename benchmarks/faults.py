@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,9 @@ def start(arguments: list[str], log: Path, threads: int = 1, environment: Mappin
         sys.stderr.flush()
     except KeyboardInterrupt:
         status = 130
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(status)
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from torch import Tensor, nn
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,7 +66,7 @@ def joined(device: torch.device) -> Iterator[Launch | None]:
             f"device: {torch.cuda.device_count()} GPUs for {launch.local_rank + 1} processes or more on this machine; "
             "start one a GPU, or take device=cpu"
         )
-    _join(device)
+    _join(device, launch)
     store = _get_default_store()
     try:
         with noticing_lost_processes():
@@ -86,12 +86,23 @@ def joined(device: torch.device) -> Iterator[Launch | None]:
             idist.finalize()
 
 
-def _join(device: torch.device) -> None:
+def _join(device: torch.device, launch: Launch) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         # Within a SLURM job Ignite would take SLURM's numbers, which are those of torchrun itself.
         os.environ.pop("SLURM_JOB_ID", None)
     try:
-        idist.initialize("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        if store := _job_store():
+            # By itself torch would find, after a restart, where the processes before had been listening.
+            store = PrefixStore(f"cifar_ignite/restart{launch.restarts}", store)
+            if device.type == "cuda":
+                torch.cuda.set_device(launch.local_rank)
+            dist.init_process_group(
+                backend, store=store, rank=launch.rank, world_size=launch.processes, timeout=TIMEOUT
+            )
+            idist.sync()
+        else:
+            idist.initialize(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RunFailedError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
 
@@ -193,10 +204,9 @@ class SummedMetrics:
 
     def gather(self) -> None:
         """Sum over the processes what `state_dict` then returns; to be called by all of them."""
-        self._state = {
-            name: {key: [_add(states)] for key, states in metric.state_dict().items()}
-            for name, metric in self.metrics.items()
-        }
+        # Ignite saves the state of each process in a list under this name. This is the list of a single one.
+        key = Metric._Metric__state_dict_key_per_rank  # type: ignore[attr-defined]
+        self._state = {name: {key: [_sum_over_processes(metric)]} for name, metric in self.metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return self._state
@@ -216,8 +226,12 @@ def attach_summing(
     return summed, check_and_sum
 
 
-def _add(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: sum(state[name] for state in states) for name in states[0]}
+def _sum_over_processes(metric: Metric) -> dict[str, Any]:
+    """The tensors and numbers in which a metric accumulates, as one process would have them."""
+    own = {name: getattr(metric, name) for name in metric._state_dict_all_req_keys}
+    return {
+        name: idist.all_reduce(value.clone() if isinstance(value, Tensor) else value) for name, value in own.items()
+    }
 
 
 def restore_metric(metric: Metric, saved: Mapping[str, list[Any]]) -> None:

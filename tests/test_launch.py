@@ -36,7 +36,10 @@ def test_the_environment_tells_the_place(environment, launch):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK: not set, but WORLD_SIZE is; start the processes with torchrun or srun"),
+        (
+            {"WORLD_SIZE": "2"},
+            "RANK, LOCAL_RANK: not set, but WORLD_SIZE is; start the processes with torchrun or srun",
+        ),
         (TORCHRUN | {"RANK": "x"}, "RANK, LOCAL_RANK, WORLD_SIZE: expected whole numbers"),
         (TORCHRUN | {"RANK": "4"}, "RANK, LOCAL_RANK, WORLD_SIZE: 1 <= 4 < 4 does not hold"),
     ],
