@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from ignite.handlers import EpochOutputStore, ProgressBar
-from ignite.metrics import ConfusionMatrix, Fbeta, Precision, Recall, TopKCategoricalAccuracy
+from ignite.metrics import ConfusionMatrix, TopKCategoricalAccuracy
+from ignite.metrics.confusion_matrix import cmPrecision, cmRecall
 from torch import Tensor, nn
 
 from cifar_ignite import processes
@@ -158,13 +159,15 @@ def run_evaluator(
     if images.labels is not None:
         labels = images.labels.to(device)
         attach_metrics(evaluator, F.cross_entropy, device)
-        precision, recall = Precision(average=False, device=device), Recall(average=False, device=device)
+        # Ignite's own Precision and Recall fail on the empty batches that one of several processes may have.
+        confusion = ConfusionMatrix(NUM_CLASSES, device=device)
+        precision, recall = cmPrecision(confusion, average=False), cmRecall(confusion, average=False)
         for name, metric in {
             "top2_accuracy": TopKCategoricalAccuracy(2, device=device),
-            "confusion": ConfusionMatrix(NUM_CLASSES, device=device),
+            "confusion": confusion,
             "precision": precision,
             "recall": recall,
-            "f1": Fbeta(1, average=False, precision=precision, recall=recall),
+            "f1": precision * recall * 2 / (precision + recall + 1e-15),
         }.items():
             metric.attach(evaluator, name)
     mean, std = config.augment.mean, config.augment.std
