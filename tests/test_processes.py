@@ -16,10 +16,10 @@ from ignite.engine import Events
 from torch import nn
 
 from benchmarks import faults
-from cifar_ignite import checkpoints, handlers, processes
+from cifar_ignite import checkpoints, handlers, processes, signals
 from cifar_ignite.augment import create_augment
 from cifar_ignite.checkpoints import load_checkpoint
-from cifar_ignite.config import AugmentConfig
+from cifar_ignite.config import AugmentConfig, InputError
 from cifar_ignite.data import Images
 from cifar_ignite.engines import create_evaluator, create_forward, weigh
 from cifar_ignite.handlers import attach_metrics
@@ -379,6 +379,54 @@ def test_bad_input_is_told_once(job, tiny_file, tmp_path, monkeypatch, changes, 
 
 def _no_network(*_, **__):
     raise OSError("no network")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(InputError, match="device: 1 GPUs for 2 processes or more on this machine"),
+        processes.joined(torch.device("cuda")),
+    ):
+        pass
+
+
+def test_slurm_starts_processes_too(tiny_file, tmp_path):
+    """As srun does: no RANK, no MASTER_ADDR."""
+    log = tmp_path / "srun.log"
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    words = arguments(tiny_file, **{"train.epochs": 1})
+    pids = [
+        faults.start(words, log, environment=job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)})
+        for task in range(2)
+    ]
+    assert [faults.wait(pid, SECONDS) for pid in pids] == [0, 0], log.read_text()
+    assert log.read_text().count("2 processes, each on cpu") == 1
+    assert log.read_text().count("done after epoch 1") == 1
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
+    """To all processes of a group, and passed on by torchrun; one that is meant comes later."""
+    exits, now = [], [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "_exit", exits.append)
+    flag = signals.StopFlag(agree=int)
+    flag.look()
+    flag.signum = int(signal.SIGINT)  # another process got one, and all have agreed
+    for moment, exited in [(5, 0), (5.2, 0), (6.5, 1)]:
+        now[0] = moment
+        flag.on_signal(signal.SIGTERM, None)
+        assert len(exits) == exited
+    with pytest.raises(signals.StopRequested):
+        flag.look()
+    assert flag.signum == signal.SIGINT
 
 
 # --- Shared memory ------------------------------------------------------------------------------------------------
