@@ -29,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("ignite").addHandler(logging.NullHandler())
     try:
         launch = read_launch()
-        # Of several processes, the first one tells.
-        package.addHandler(logging.NullHandler() if launch and launch.rank else console)
+        if launch and launch.rank:  # of several processes, the first one tells
+            console.setLevel(logging.CRITICAL)
+        package.addHandler(console)
         options.command(options)
     except (InputError, RunFailedError) as error:
         return _fail(error.status, error, tell=error.is_first)

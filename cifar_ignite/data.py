@@ -123,7 +123,8 @@ def read_test_file(path: Path) -> Images:
         raise InputError(f"{path}: 'ids' must hold one value an image ({len(images)})")
     if not all(isinstance(value, Integral | str) for value in ids):
         raise InputError(f"{path}: 'ids' must be whole numbers or strings")
-    return Images(images, None, list(ids), CIFAR10_CLASSES)
+    plain = [value if isinstance(value, str) else int(value) for value in ids]
+    return Images(images, None, plain, CIFAR10_CLASSES)
 
 
 def _read_labelled_batch(path: Path) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ goes through none of it.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Where the hosts talk to each other without waiting for GPUs; None before they have joined.
 _hosts: Any = None
+# Of this process: it may train and then evaluate.
+_joins = itertools.count()
 
 
 # --- Joining and ending -------------------------------------------------------------------------------------------
@@ -62,10 +65,12 @@ def joined(device: torch.device) -> Iterator[Launch | None]:
         yield launch
         return
     if device.type == "cuda" and launch.local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"device: {torch.cuda.device_count()} GPUs for {launch.local_rank + 1} processes or more on this machine; "
-            "start one a GPU, or take device=cpu"
+        count = torch.cuda.device_count()
+        error = InputError(
+            f"device: more processes than GPUs ({count}) on this machine; start one a GPU, or take device=cpu"
         )
+        error.is_first = launch.local_rank == count
+        raise error
     _join(device, launch)
     store = _get_default_store()
     try:
@@ -94,7 +99,7 @@ def _join(device: torch.device, launch: Launch) -> None:
     try:
         if store := _job_store():
             # By itself torch would find, after a restart, where the processes before had been listening.
-            store = PrefixStore(f"cifar_ignite/restart{launch.restarts}", store)
+            store = PrefixStore(f"cifar_ignite/{launch.restarts}/{next(_joins)}", store)
             if device.type == "cuda":
                 torch.cuda.set_device(launch.local_rank)
             dist.init_process_group(

@@ -386,10 +386,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with (
-        pytest.raises(InputError, match="device: 1 GPUs for 2 processes or more on this machine"),
+        pytest.raises(InputError, match=r"device: more processes than GPUs \(1\) on this machine") as caught,
         processes.joined(torch.device("cuda")),
     ):
         pass
+    assert caught.value.is_first  # one tells, and the third would not
 
 
 def test_slurm_starts_processes_too(tiny_file, tmp_path):
@@ -482,7 +483,7 @@ def attach(trainer, *rest):
     original(trainer, *rest)
 
 handlers.attach_stop = attach
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]) or main(["evaluate", "--set", "output_dir=" + sys.argv[1]]))
 """
 
 
@@ -492,7 +493,15 @@ def test_torchrun_restarts_a_killed_job_which_goes_on_with_its_own_run(tiny_file
     # A newer run of the same experiment that is not this job's.
     shutil.copytree(straight, tmp_path / "outputs" / "training_runs" / "other")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(script)]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        str(script),
+        str(tmp_path / "outputs"),
+    ]
     words += arguments(tiny_file, **{"train.save_every_seconds": 0})
     with (tmp_path / "torchrun.log").open("wb") as log:
         pid = os.posix_spawn(
@@ -511,3 +520,4 @@ def test_torchrun_restarts_a_killed_job_which_goes_on_with_its_own_run(tiny_file
     }
     assert_same_training(straight, run_dir)
     assert json.loads((run_dir / "config.json").read_text())["train"]["epochs"] == 3
+    assert told.count("test accuracy") == 1
