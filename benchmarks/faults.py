@@ -47,9 +47,9 @@ TINY = {
 }
 # What a process may end with: done, by the signal before training began, or by the flag that the signal sets.
 ENDINGS = {signal.SIGKILL: {0, -9}, signal.SIGTERM: {0, -15, 143}, signal.SIGINT: {0, 130}}
-# What the other processes of a run may end with: done, by the same signal, or because one has ended.
-OTHERS = {0, 1, 130, 143}
-PATIENCE = 60
+# What the others of a run may end with: done, by the same signal, because one has ended, or before they have met.
+OTHERS = {0, 1, 130, 143, -15}
+PATIENCE = 10
 TIMES = ["seconds", "images_per_second"]
 
 
@@ -178,10 +178,22 @@ def kill(pids: list[int], rng: random.Random, longest: float, outputs: Path) -> 
         status = wait(victim, 600)
         if status not in ENDINGS[signum]:
             raise RuntimeError(f"{told} ended with status {status}")
-    others = {wait(pid, PATIENCE) for pid in pids if pid != victim}
+    others = {end(pid) for pid in pids if pid != victim}
     if not others <= allowed:
         raise RuntimeError(f"{told}: the other processes ended with {others}")
     return told, status
+
+
+def end(pid: int) -> int | None:
+    """The exit status of a process that should end by itself, or does so when told, as torchrun tells all at once.
+
+    Before the processes have met, a missing one is waited for.
+    """
+    status = wait(pid, PATIENCE)
+    if status is None:
+        os.kill(pid, signal.SIGTERM)
+        status = wait(pid, PATIENCE)
+    return status
 
 
 def harass(

@@ -34,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package.addHandler(console)
         options.command(options)
     except (InputError, RunFailedError) as error:
-        return _fail(error.status, error, tell=error.is_first)
+        status = _fail(error.status, error, tell=error.is_first)
+        if isinstance(error, RunFailedError) and error.is_lost:
+            # On the way out torch would wait for what it has begun with a process that is gone.
+            _flush_stdout()
+            os._exit(status)
+        return status
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -62,7 +67,7 @@ def _flush_stdout() -> None:
 def _fail(status: int, message: object, tell: bool | None = None) -> int:
     """One line on stderr, by one of several processes: the first to fail, or where that is not known, the first."""
     if is_first_on_machine() if tell is None else tell:
-        print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr)
+        print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
     return status
 
 

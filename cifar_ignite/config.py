@@ -39,6 +39,8 @@ class RunFailedError(Exception):
 
     status = 1
     is_first: bool | None = None
+    is_lost = False
+    """Whether another process has gone, so that what is under way with it may never end."""
 
 
 class Section(BaseModel):

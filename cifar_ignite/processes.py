@@ -84,11 +84,13 @@ def joined(device: torch.device) -> Iterator[Launch | None]:
             dist.barrier(_hosts)
     except (InputError, RunFailedError) as error:
         error.is_first = _is_first_to_fail(store)
+        if not getattr(error, "is_lost", False):
+            _leave()
         raise
-    finally:
-        _hosts = None
-        with contextlib.suppress(RuntimeError):
-            idist.finalize()
+    except BaseException:
+        _leave()
+        raise
+    _leave()
 
 
 def _join(device: torch.device, launch: Launch) -> None:
@@ -112,6 +114,13 @@ def _join(device: torch.device, launch: Launch) -> None:
         raise RunFailedError(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
 
 
+def _leave() -> None:
+    global _hosts
+    _hosts = None
+    with contextlib.suppress(RuntimeError):
+        idist.finalize()
+
+
 def _is_first_to_fail(store: Store) -> bool:
     try:
         return int(store.add("cifar_ignite/failures", 1)) == 1
@@ -132,7 +141,9 @@ def noticing_lost_processes() -> Iterator[None]:
         words = str(error).lower()
         if not (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words or "connection" in words):
             raise
-        raise RunFailedError("another process of this run has ended, or its machine is out of reach") from None
+        lost = RunFailedError("another process of this run has ended, or its machine is out of reach")
+        lost.is_lost = True
+        raise lost from None
 
 
 # --- Agreeing -----------------------------------------------------------------------------------------------------

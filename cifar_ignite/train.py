@@ -376,7 +376,8 @@ def naming_newest_state(checkpoints: Path) -> Iterator[None]:
         raise
     except RunFailedError as error:
         found = newest(checkpoints.glob("latest_*.pt"))
-        raise RunFailedError(f"{error}; newest state before it: {found or 'none yet'}") from None
+        error.args = (f"{error}; newest state before it: {found or 'none yet'}",)
+        raise
 
 
 def log_start(
