@@ -28,6 +28,12 @@ overrides = $(call set,DATA_DIR,data.root)$(call set,DATA,data.source)$(call set
 recipe := $(or $(value MODEL),se)$(if $(value RECIPE),_$(value RECIPE))
 suffix := $(if $(filter-out cifar10,$(value DATA)),_$(value DATA))
 experiment := $(if $(suffix), --set experiment='$(call escape,$(recipe)$(suffix))')
+# NPROC processes by torchrun, each with its share of the cores (OMP_NUM_THREADS= decides otherwise).
+torchrun = n='$(call escape,$(value NPROC))'; case "$$n" in 0*|*[!0-9]*) \
+	echo "cifar_ignite: NPROC: expected a whole number from 1 on, got $$n" >&2; exit 2;; esac; \
+	export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$((($$(getconf _NPROCESSORS_ONLN) + n - 1) / n))}"; \
+	$(run) -m torch.distributed.run --standalone --nproc_per_node="$$n"
+launch = $(if $(value NPROC),$(torchrun),$(run))
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
@@ -36,15 +42,15 @@ demo: $(environment) ## Set up, train and evaluate on the embedded data: no down
 	$(run) -m cifar_ignite train --config configs/demo.json$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
 	$(run) -m cifar_ignite evaluate --model demo$(overrides)
 
-train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH
-	$(run) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
+train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH NPROC=
+	$(launch) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
 # Which trained model a target takes: MODEL= and RECIPE= name an experiment, CHECKPOINT= a file; else the newest best one.
 trained = $(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)
 tta = $(if $(value TTA), --tta '$(call escape,$(patsubst 1,flip,$(value TTA)))')
 
-evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE= TTA=1|shift
-	$(run) -m cifar_ignite evaluate$(trained)$(call option,TEST_FILE,test-file)$(tta)$(overrides)
+evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE= TTA=1|shift NPROC=
+	$(launch) -m cifar_ignite evaluate$(trained)$(call option,TEST_FILE,test-file)$(tta)$(overrides)
 
 predict: $(environment) ## Say what is in your own pictures: IMAGES=file or folder, MODEL= or CHECKPOINT=, TTA=1|shift
 	@$(if $(value IMAGES),:,echo "name a picture or a folder of pictures: make predict IMAGES=path" >&2; exit 2)

@@ -5,7 +5,8 @@
 Each run trains a tiny model on embedded data in a process of its own, which is sent SIGKILL, SIGTERM or SIGINT one to
 four times: at a random moment, or while a checkpoint is being written. Then it is resumed to its end, and its weights,
 averaged weights, momenta, counters, metrics and best model are compared bit for bit with the uninterrupted run. With
---config and --set, any other training is put to the same test.
+--config and --set, any other training is put to the same test. With --processes 2, each run is one of two processes
+that train together, of which one gets the signal; all must end.
 """
 
 import argparse
@@ -13,9 +14,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,9 @@ TINY = {
 }
 # What a process may end with: done, by the signal before training began, or by the flag that the signal sets.
 ENDINGS = {signal.SIGKILL: {0, -9}, signal.SIGTERM: {0, -15, 143}, signal.SIGINT: {0, 130}}
+# What the others of a run may end with: done, by the same signal, because one has ended, or before they have met.
+OTHERS = {0, 1, 130, 143, -15}
+PATIENCE = 10
 TIMES = ["seconds", "images_per_second"]
 
 
@@ -87,7 +94,7 @@ def compare(one: Any, other: Any, where: str) -> list[str]:
     return [] if one == other else [where]
 
 
-def start(arguments: list[str], log: Path, threads: int = 1) -> int:
+def start(arguments: list[str], log: Path, threads: int = 1, environment: Mapping[str, str] | None = None) -> int:
     """Run one command in a forked process; returns its number. Forked, because importing torch takes seconds.
 
     OpenMP's threads do not survive a fork: this process must not have started any, so it computes with one alone.
@@ -105,13 +112,31 @@ def start(arguments: list[str], log: Path, threads: int = 1) -> int:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(threads)
+        os.environ.update(environment or {})
         status = run_command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
     except KeyboardInterrupt:
         status = 130
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def start_job(arguments: list[str], log: Path, processes: int, threads: int = 1) -> list[int]:
+    """Run one command in one process or in several that know of each other, as torchrun does; returns their numbers."""
+    if processes == 1:
+        return [start(arguments, log, threads)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(arguments, log, threads, places | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -126,50 +151,70 @@ def wait(pid: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def is_saving(pid: int, folder: Path) -> bool:
-    return any(folder.glob(f"training_runs/*/checkpoints/.*.{pid}.tmp"))
+def is_saving(pids: list[int], folder: Path) -> bool:
+    return any(any(folder.glob(f"training_runs/*/checkpoints/.*.{pid}.tmp")) for pid in pids)
 
 
-def kill(pid: int, rng: random.Random, longest: float, outputs: Path) -> tuple[str, int]:
-    """Wait for a random time, in half of the cases also for a save, and send a random signal.
+def kill(pids: list[int], rng: random.Random, longest: float, outputs: Path) -> tuple[str, int]:
+    """Wait for a random time, in half of the cases also for a save, and send a random signal to one of the processes.
 
     Returns:
-        What was sent and when, and the exit status.
+        What was sent and when, and the exit status of the process that got it.
+
+    Raises:
+        RuntimeError: a process ended with another status than it should, or not at all.
     """
-    status = wait(pid, rng.uniform(0, longest))
+    victim = rng.choice(pids)
+    status = wait(victim, rng.uniform(0, longest))
     during_save, ends = rng.random() < 0.5, time.monotonic() + longest
-    while status is None and during_save and not is_saving(pid, outputs) and time.monotonic() < ends:
-        status = wait(pid, 0)
-    if status is not None:
-        return "finished", status
-    signum = rng.choice(list(ENDINGS))
-    told = f"{signal.Signals(signum).name}{' in a save' if is_saving(pid, outputs) else ''}"
-    os.kill(pid, signum)
-    status = wait(pid, 600)
-    if status not in ENDINGS[signum]:
-        raise RuntimeError(f"{told} ended with status {status}")
+    while status is None and during_save and not is_saving(pids, outputs) and time.monotonic() < ends:
+        status = wait(victim, 0)
+    told, allowed = "finished", {0}
+    if status is None:
+        signum = rng.choice(list(ENDINGS))
+        told = f"{signal.Signals(signum).name}{' in a save' if is_saving(pids, outputs) else ''}"
+        allowed = OTHERS
+        os.kill(victim, signum)
+        status = wait(victim, 600)
+        if status not in ENDINGS[signum]:
+            raise RuntimeError(f"{told} ended with status {status}")
+    others = {end(pid) for pid in pids if pid != victim}
+    if not others <= allowed:
+        raise RuntimeError(f"{told}: the other processes ended with {others}")
     return told, status
 
 
+def end(pid: int) -> int | None:
+    """The exit status of a process that should end by itself, or does so when told, as torchrun tells all at once.
+
+    Before the processes have met, a missing one is waited for.
+    """
+    status = wait(pid, PATIENCE)
+    if status is None:
+        os.kill(pid, signal.SIGTERM)
+        status = wait(pid, PATIENCE)
+    return status
+
+
 def harass(
-    arguments: list[str], outputs: Path, rng: random.Random, longest: float, threads: int
+    arguments: list[str], outputs: Path, rng: random.Random, longest: float, threads: int, processes: int
 ) -> tuple[list[str], Path]:
     """Train with interruptions until done; returns what was sent, and the run folder."""
     arguments = [*arguments, "--set", f"output_dir={outputs}"]
     sent: list[str] = []
     for attempt in range(rng.randint(1, 4) + 1):
         known = any(outputs.glob("training_runs/*/config.json"))
-        pid = start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log"), threads)
-        told, status = kill(pid, rng, longest, outputs)
+        words = [*arguments, *(["--resume", "latest"] if known else [])]
+        pids = start_job(words, outputs.with_suffix(".log"), processes, threads)
+        told, status = kill(pids, rng, longest, outputs)
         if told != "finished":
             sent.append(f"{told} ({status})")
         elif status:
             raise RuntimeError(f"attempt {attempt} ended with status {status}; see {outputs.with_suffix('.log')}")
     known = any(outputs.glob("training_runs/*/config.json"))
-    last = wait(
-        start([*arguments, *(["--resume", "latest"] if known else [])], outputs.with_suffix(".log"), threads), 3600
-    )
-    if last:
+    words = [*arguments, *(["--resume", "latest"] if known else [])]
+    pids = start_job(words, outputs.with_suffix(".log"), processes, threads)
+    if any(last := [wait(pid, 3600) for pid in pids]):
         raise RuntimeError(f"the last attempt ended with status {last}; see {outputs.with_suffix('.log')}")
     (run_dir,) = (path.parent for path in outputs.glob("training_runs/*/config.json"))
     return sent, run_dir
@@ -181,7 +226,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after so long (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    parser.add_argument("--processes", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--config", type=Path, help="another training than the tiny one")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     options = parser.parse_args()
@@ -193,11 +239,9 @@ def main() -> int:
         arguments = ["train", "--config", str(options.config or scratch / "tiny.json")]
         arguments += [word for override in overrides for word in ("--set", override)]
         began = time.monotonic()
-        status = wait(
-            start([*arguments, "--set", f"output_dir={scratch / 'alone'}"], scratch / "alone.log", options.threads),
-            3600,
-        )
-        if status:
+        words = [*arguments, "--set", f"output_dir={scratch / 'alone'}"]
+        pids = start_job(words, scratch / "alone.log", options.processes, options.threads)
+        if any(wait(pid, 3600) for pid in pids):
             print((scratch / "alone.log").read_text(), file=sys.stderr)
             return 1
         longest = time.monotonic() - began
@@ -210,10 +254,10 @@ def main() -> int:
             rng = random.Random(f"{options.seed}/{number}")
             outputs = scratch / f"run{number}"
             try:
-                sent, run_dir = harass(arguments, outputs, rng, longest, options.threads)
+                sent, run_dir = harass(arguments, outputs, rng, longest, options.threads, options.processes)
                 while not sent:  # done before the signal came
                     shutil.rmtree(outputs)
-                    sent, run_dir = harass(arguments, outputs, rng, longest, options.threads)
+                    sent, run_dir = harass(arguments, outputs, rng, longest, options.threads, options.processes)
                 differing = differences(alone, run_dir)
             except RuntimeError as error:
                 sent, differing = [str(error)], ["no end"]

@@ -40,15 +40,16 @@ from torchvision.transforms import v2
 from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
 from cifar_ignite.config import AugmentConfig, Config, InputError, load_config
-from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images
+from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images, split_images
 from cifar_ignite.engines import (
     Forward,
+    LossFn,
     create_forward,
     create_trainer,
     select_device,
     select_precision,
 )
-from cifar_ignite.loader import EvalLoader, TrainLoader
+from cifar_ignite.loader import EvalLoader, TrainLoader, part_of
 from cifar_ignite.models import create_model
 from cifar_ignite.train import build_model, create_loaders, create_optimizer, create_training_forward, should_compile
 
@@ -72,12 +73,12 @@ class Setup:
 
     def __init__(self, config: Config, images: Images) -> None:
         self.config, self.device = config, select_device(config.device)
-        self.loader, _ = create_loaders(config, images, self.device)
+        self.loader, _ = create_loaders(config, split_images(config.data, images), self.device)
         self.model = build_model(config, self.device)
         iterations = config.train.epochs * len(self.loader)
         self.forward = create_training_forward(config, self.model, self.loader, self.precision, iterations)
         self.optimizer = create_optimizer(config.optimizer, self.model, self.precision)
-        self.loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
+        self.loss_fn: LossFn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         self.scaler = GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
     @property
@@ -90,10 +91,11 @@ class Setup:
         return should_compile(self.config, self.device, iterations)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole batches without end."""
+        """Whole batches without end; of several processes, each gets its parts of them."""
+        part = part_of(self.config.data.batch_size, self.loader.rank, self.loader.processes)
         while True:
             for images, targets in self.loader:
-                if len(images) == self.config.data.batch_size:
+                if len(images) == part.stop - part.start:
                     yield images, targets
 
 
@@ -119,7 +121,7 @@ def project_turn(setup: Setup, iterations: int) -> Turn:
 
 
 def step(
-    model: nn.Module, forward: Forward, optimizer: torch.optim.Optimizer, loss_fn: nn.Module, images: Any, targets: Any
+    model: nn.Module, forward: Forward, optimizer: torch.optim.Optimizer, loss_fn: LossFn, images: Any, targets: Any
 ) -> None:
     """Forward, backward, update, and nothing else."""
     optimizer.zero_grad()

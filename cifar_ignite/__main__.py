@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cifar_ignite.config import InputError, RunFailedError, describe_schema, load_config
+from cifar_ignite.launch import is_first_on_machine, read_launch
 
 # torch takes seconds to import; `--help` and a wrong option should not wait for it, so commands import what they call.
 
@@ -24,15 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.handleError = lambda record: None  # type: ignore[method-assign]  # a closed stdout ends no run
     package = logging.getLogger("cifar_ignite")
     package.setLevel(logging.INFO)
-    package.addHandler(console)
     # Ignite logs each exception that passes through an engine; we print it once, below.
     logging.getLogger("ignite").addHandler(logging.NullHandler())
     try:
+        launch = read_launch()
+        if launch and launch.rank:  # of several processes, the first one tells
+            console.setLevel(logging.CRITICAL)
+        package.addHandler(console)
         options.command(options)
-    except InputError as error:
-        return _fail(2, error)
-    except RunFailedError as error:
-        return _fail(error.status, error)
+    except (InputError, RunFailedError) as error:
+        status = _fail(error.status, error, tell=error.is_first)
+        if isinstance(error, RunFailedError) and error.is_lost:
+            # On the way out torch would wait for what it has begun with a process that is gone.
+            _flush_stdout()
+            os._exit(status)
+        return status
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -57,8 +64,10 @@ def _flush_stdout() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _fail(status: int, message: object) -> int:
-    print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr)
+def _fail(status: int, message: object, tell: bool | None = None) -> int:
+    """One line on stderr, by one of several processes: the first to fail, or where that is not known, the first."""
+    if is_first_on_machine() if tell is None else tell:
+        print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
     return status
 
 

@@ -24,13 +24,23 @@ SCHEMA_KEY = "$schema"
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message is one line that says what, and what to do. Exit status 2."""
+    """Something the user gave is wrong; the message is one line that says what, and what to do. Exit status 2.
+
+    Attributes:
+        is_first: whether this process was the first of several to fail; None where that is not known.
+    """
+
+    status = 2
+    is_first: bool | None = None
 
 
 class RunFailedError(Exception):
     """The run cannot go on though the input was right (it diverged, say); one line."""
 
     status = 1
+    is_first: bool | None = None
+    is_lost = False
+    """Whether another process has gone, so that what is under way with it may never end."""
 
 
 class Section(BaseModel):
@@ -200,6 +210,8 @@ class TrainConfig(Section):
     smaller at first; null is off"""
     drop_path_ramp: Probability = 0.0
     """share of the epochs, the last ones, over which stochastic depth falls to zero; then nothing is compiled"""
+    sync_batch_norm: bool = False
+    """between GPUs: BatchNorm normalises by the statistics of all processes' images; then nothing is compiled"""
     checkpoint_every: Count = 10
     """epochs between checkpoints that stay, and between drawings of the figures"""
     save_every_seconds: NonNegative = 300.0
@@ -240,6 +252,8 @@ class Config(Section):
     def _compiled_model_is_constant(self) -> "Config":
         if self.compile == "on" and self.train.drop_path_ramp:
             raise ValueError("compile: on would compile anew each epoch with train.drop_path_ramp; take auto or off")
+        if self.compile == "on" and self.train.sync_batch_norm:
+            raise ValueError("compile: on cannot be had with train.sync_batch_norm; take auto or off")
         return self
 
 

@@ -123,7 +123,8 @@ def read_test_file(path: Path) -> Images:
         raise InputError(f"{path}: 'ids' must hold one value an image ({len(images)})")
     if not all(isinstance(value, Integral | str) for value in ids):
         raise InputError(f"{path}: 'ids' must be whole numbers or strings")
-    return Images(images, None, list(ids), CIFAR10_CLASSES)
+    plain = [value if isinstance(value, str) else int(value) for value in ids]
+    return Images(images, None, plain, CIFAR10_CLASSES)
 
 
 def _read_labelled_batch(path: Path) -> tuple[Tensor, Tensor]:
@@ -274,6 +275,22 @@ def _shape_masks(x: np.ndarray, y: np.ndarray, phase: np.ndarray) -> np.ndarray:
 
 
 # --- The split ----------------------------------------------------------------------------------------------------
+
+
+def split_images(config: DataConfig, images: Images) -> tuple[Images, Images]:
+    """Copies of the images to train on, and of those held out for validation, which may be none.
+
+    Raises:
+        InputError: as `split_validation`.
+    """
+    labels = images.labels
+    assert labels is not None, "training images have labels"
+
+    def select(rows: Tensor) -> Images:
+        return Images(images.images.index_select(0, rows), labels[rows], rows.tolist(), images.class_names)
+
+    train_rows, val_rows = split_validation(labels, config.validation, config.split_seed)
+    return select(train_rows), select(val_rows)
 
 
 def split_validation(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,18 @@ def create_trainer(
     return trainer
 
 
+def weigh(loss_fn: LossFn, weight: Callable[[], float]) -> LossFn:
+    """The loss of one process's part of a batch, multiplied by a weight that is asked for each time; 0 without images.
+
+    Also without images it is a function of the logits, so that a gradient, of zeros, reaches all parameters.
+    """
+
+    def weighed(logits: Tensor, targets: Tensor) -> Tensor:
+        return (loss_fn(logits, targets) if len(logits) else logits.sum()) * weight()
+
+    return weighed
+
+
 def create_evaluator(model: nn.Module, forward: Forward) -> Engine:
     """An engine whose step returns (logits, labels): float (B, num_classes) and int64 (B,) or None, on the device."""
 

@@ -9,14 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from ignite.handlers import EpochOutputStore, ProgressBar
-from ignite.metrics import ConfusionMatrix, Fbeta, Precision, Recall, TopKCategoricalAccuracy
+from ignite.metrics import ConfusionMatrix, TopKCategoricalAccuracy
+from ignite.metrics.confusion_matrix import cmPrecision, cmRecall
 from torch import Tensor, nn
 
+from cifar_ignite import processes
 from cifar_ignite.checkpoints import create_unique_dir
 from cifar_ignite.config import Config, InputError
 from cifar_ignite.data import NUM_CLASSES, Images, load_images, read_test_file
@@ -39,7 +42,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     tta: str | None = None,
 ) -> Path:
-    """Predict the test set with a trained model.
+    """Predict the test set with a trained model; under torchrun or SLURM, together with the job's other processes.
 
     Args:
         checkpoint: any checkpoint of this project; None takes the newest best model.
@@ -49,14 +52,22 @@ def evaluate(
         tta: test-time augmentation that is evaluated too, beside the plain model: "flip" or "shift" (`average_views`).
 
     Returns:
-        The evaluation folder.
+        The evaluation folder; where several processes evaluate, the first one makes it, and others return its parent.
 
     Raises:
         InputError: checkpoint or data are missing or do not fit; nothing was written.
     """
     trained = load_trained(checkpoint, model_name, overrides)
+    with processes.joined(trained.device):
+        return evaluate_trained(trained, test_file, tta)
+
+
+def evaluate_trained(trained: Trained, test_file: Path | None, tta: str | None) -> Path:
+    """What `evaluate` does once the network is there."""
     config, device, model = trained.config, trained.device, trained.model
-    images = read_test_file(test_file) if test_file else load_images(config.data, train=False)
+    (images,) = processes.load_once(
+        lambda: [read_test_file(test_file) if test_file else load_images(config.data, train=False)]
+    )
     data = test_file.name if test_file else f"the test set of {config.data.source}"
     logger.info(
         "%s from %s, epoch %d, on %d images of %s",
@@ -72,6 +83,9 @@ def evaluate(
     summary = {"run": trained.record.run, "epoch": trained.record.epoch, "data": data} | scores.summary
     if tta and averaged:
         summary["tta"] = {"name": tta} | averaged.summary
+    if idist.get_rank():
+        return config.output_dir / "evaluations"
+
     try:
         folder = create_folder(trained)
         write_predictions(scores, folder / "predictions.csv")
@@ -139,24 +153,36 @@ def run_evaluator(
     evaluator = create_evaluator(model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
     outputs.attach(evaluator, "logits")
-    ProgressBar(disable=None, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
+    hidden = None if idist.get_rank() == 0 else True
+    ProgressBar(disable=hidden, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
     labels = None
     if images.labels is not None:
         labels = images.labels.to(device)
         attach_metrics(evaluator, F.cross_entropy, device)
-        precision, recall = Precision(average=False, device=device), Recall(average=False, device=device)
+        # Ignite's own Precision and Recall fail on the empty batches that one of several processes may have.
+        confusion = ConfusionMatrix(NUM_CLASSES, device=device)
+        precision, recall = cmPrecision(confusion, average=False), cmRecall(confusion, average=False)
         for name, metric in {
             "top2_accuracy": TopKCategoricalAccuracy(2, device=device),
-            "confusion": ConfusionMatrix(NUM_CLASSES, device=device),
+            "confusion": confusion,
             "precision": precision,
             "recall": recall,
-            "f1": Fbeta(1, average=False, precision=precision, recall=recall),
+            "f1": precision * recall * 2 / (precision + recall + 1e-15),
         }.items():
             metric.attach(evaluator, name)
     mean, std = config.augment.mean, config.augment.std
-    loader = EvalLoader(images.images.to(device), labels, batch_size=config.data.batch_size, mean=mean, std=std)
+    loader = EvalLoader(
+        images.images.to(device),
+        labels,
+        batch_size=config.data.batch_size,
+        mean=mean,
+        std=std,
+        rank=idist.get_rank(),
+        processes=idist.get_world_size(),
+    )
     state = evaluator.run(loader)
-    return torch.cat(state.logits).float().softmax(1).cpu(), state.metrics  # type: ignore[attr-defined]
+    logits = processes.collect(state.logits, loader.rows(), len(images.images))  # type: ignore[attr-defined]
+    return logits.float().softmax(1).cpu(), state.metrics
 
 
 # --- Writing and telling ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -183,6 +183,21 @@ def attach_drop_path_ramp(trainer: Engine, model: nn.Module, share: float, epoch
     trainer.add_event_handler(Events.EPOCH_STARTED, lower)
 
 
+class MeanLoss(Loss):
+    """Ignite's, summed in double precision: then sums do not depend on the order or on who summed what.
+
+    Nothing is added for an empty batch, whose mean would be NaN.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._sum = self._sum.double()
+
+    def update(self, output: Sequence[Tensor]) -> None:
+        if len(output[1]):
+            super().update(output)
+
+
 def attach_metrics(engine: Engine, loss_fn: LossFn, device: torch.device) -> dict[str, Metric]:
     """Mean loss and accuracy over the images of an epoch, accumulated on the device.
 
@@ -195,7 +210,7 @@ def attach_metrics(engine: Engine, loss_fn: LossFn, device: torch.device) -> dic
         return logits, targets.argmax(1) if targets.ndim == 2 else targets
 
     metrics: dict[str, Metric] = {
-        "loss": Loss(loss_fn, device=device),
+        "loss": MeanLoss(loss_fn, device=device),
         "accuracy": Accuracy(hard, device=device),
     }
     for name, metric in metrics.items():
@@ -302,12 +317,18 @@ def attach_early_stopping(trainer: Engine, record: RunRecord, patience: int) -> 
 # --- Stopping -----------------------------------------------------------------------------------------------------
 
 
-def attach_stop(trainer: Engine, evaluator: Engine | None, flag: StopFlag) -> None:
+def attach_stop(trainer: Engine, evaluator: Engine | None, flag: StopFlag, every: int = 1) -> None:
     """Leave the engines between two iterations, in training or in validation, once a signal has come.
+
+    Args:
+        trainer: is looked after.
+        evaluator: too, if there is one.
+        flag: tells of signals.
+        every: iterations between looks.
 
     Raises:
         StopRequested: from the trainer's `run`.
     """
     for engine in (trainer, evaluator):
         if engine:
-            engine.add_event_handler(Events.ITERATION_COMPLETED, flag.look)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=every), flag.look)

@@ -15,6 +15,7 @@ from ignite.metrics import Metric
 
 from cifar_ignite.checkpoints import load_checkpoint, newest
 from cifar_ignite.config import Config, InputError, flatten, parse_config
+from cifar_ignite.processes import restore_metric, same_for_all
 
 # What may differ between a run and its continuation: it changes where and how things run, not what is trained.
 FREE_TO_CHANGE = {
@@ -79,6 +80,13 @@ class Resumed:
             )
         self.saved["trainer"] |= {"epoch_length": epoch_length, "iteration": self.epoch * epoch_length}
 
+    def check_processes_agree(self) -> None:
+        """Refuse to go on if another process has found another state."""
+        if str(self.path) != (first := same_for_all(str(self.path))):
+            raise InputError(
+                f"{self.path}: the first process resumes {first}; all machines must see the same output_dir"
+            )
+
     def load_into(self, state: dict[str, Any]) -> None:
         """Give each object of a run its saved state.
 
@@ -115,7 +123,7 @@ class Resumed:
 
         def restore() -> None:
             for name, metric in metrics.items():
-                metric.load_state_dict(self.saved["metrics"][name])
+                restore_metric(metric, self.saved["metrics"][name])
 
         if trainer.state.iteration % epoch_length:
             trainer.add_event_handler(Events.EPOCH_STARTED(once=self.epoch + 1), restore)

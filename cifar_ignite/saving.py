@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 class PatientSaver:
     """Calls Ignite's `Checkpoint`; a failure leaves what was there and is told; too many in a row end the run.
+
+    Of several processes, only the first one saves.
 
     Attributes:
         folder: of the checkpoints.
@@ -39,6 +42,8 @@ class PatientSaver:
         Raises:
             RunFailedError: more than the allowed number of saves in a row have failed.
         """
+        if idist.get_rank():
+            return
         before, last = checkpoint.state_dict(), checkpoint.last_checkpoint
         try:
             checkpoint(engine)
@@ -107,6 +112,8 @@ def attach_checkpoints(
     every: int,
     every_seconds: float,
     check: Callable[[], None],
+    agree: Callable[[int], int] = int,
+    look_every: int = 1,
 ) -> Callable[[], None]:
     """Save the whole training state: the newest two, and every so many epochs one that stays.
 
@@ -119,6 +126,8 @@ def attach_checkpoints(
         every: epochs between checkpoints that stay.
         every_seconds: between saves within an epoch; each epoch ends with one in any case.
         check: raises if the state is not fit to be saved.
+        agree: makes one number of those of several processes, whose clocks differ.
+        look_every: iterations between looks at the clock.
 
     Returns:
         Saves the newest state at once.
@@ -150,10 +159,10 @@ def attach_checkpoints(
         saved_at[0] = time.monotonic()
 
     def save_if_due() -> None:
-        if time.monotonic() - saved_at[0] >= every_seconds:
+        if agree(time.monotonic() - saved_at[0] >= every_seconds):
             save()
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every), lambda engine: saver(kept, engine))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, save)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, save_if_due)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=look_every), save_if_due)
     return save

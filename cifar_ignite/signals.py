@@ -1,10 +1,12 @@
 """SIGTERM, SIGINT and SIGUSR1 ask a run to stop: they set a flag, and the run looks at it after each iteration."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cifar_ignite.config import RunFailedError
@@ -18,18 +20,30 @@ class StopRequested(Exception):
 
 
 class StopFlag:
-    """Set by the first signal; the second ends the process at once (files are always whole)."""
+    """Set by the first signal; the second ends the process at once (files are always whole).
 
-    def __init__(self) -> None:
+    Attributes:
+        signum: the signal; None while there was none.
+        agree: the greatest of the numbers that several processes have; None for a process on its own.
+    """
+
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signum: int | None = None
+        self.agree = agree
+        self._came = math.inf
+        # A signal to a whole group of processes comes from the sender and again from torchrun.
+        self._grace = 1.0 if agree else 0.0
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if time.monotonic() - self._came >= self._grace:
             os._exit(128 + signum)
-        self.signum = signum
+        self._came = min(self._came, time.monotonic())
+        self.signum = self.signum or signum
 
     def look(self) -> None:
-        """Raise `StopRequested` if a signal has come."""
+        """Raise `StopRequested` if a signal has come, to this process or to another of the run."""
+        if self.agree:
+            self.signum = self.agree(self.signum or 0) or None
         if self.signum is not None:
             raise StopRequested
 
@@ -47,9 +61,9 @@ class Stopped(RunFailedError):
 
 
 @contextlib.contextmanager
-def stop_flag() -> Iterator[StopFlag]:
+def stop_flag(agree: Callable[[int], int] | None = None) -> Iterator[StopFlag]:
     """Catch the signals while inside; only the main thread may, elsewhere the flag stays unset."""
-    flag = StopFlag()
+    flag = StopFlag(agree)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return

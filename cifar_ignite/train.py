@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torchvision.ops import StochasticDepth
 
-from cifar_ignite import handlers
+from cifar_ignite import handlers, processes
 from cifar_ignite.augment import create_augment
 from cifar_ignite.checkpoints import (
     RunRecord,
@@ -28,9 +29,10 @@ from cifar_ignite.checkpoints import (
     sweep_temporaries,
 )
 from cifar_ignite.config import Config, InputError, OptimizerConfig, RunFailedError, flatten
-from cifar_ignite.data import NUM_CLASSES, Images, load_images, split_validation
+from cifar_ignite.data import NUM_CLASSES, Images, load_images, split_images
 from cifar_ignite.engines import (
     Forward,
+    LossFn,
     create_evaluator,
     create_forward,
     create_trainer,
@@ -38,8 +40,10 @@ from cifar_ignite.engines import (
     select_device,
     select_precision,
     warm_up,
+    weigh,
 )
-from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed
+from cifar_ignite.launch import Launch
+from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed, part_of
 from cifar_ignite.models import create_model
 from cifar_ignite.muon import Muon
 from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
@@ -53,7 +57,7 @@ logger = logging.getLogger(__name__)
 def train(
     config: Config, resume: str | None = None, overrides: Sequence[str] = (), allow_changes: bool = False
 ) -> Path:
-    """Train one model, or go on training it.
+    """Train one model, or go on training it; under torchrun or SLURM, together with the other processes of the job.
 
     Args:
         config: the whole run.
@@ -71,24 +75,29 @@ def train(
             (`Stopped`); the newest checkpoints are whole.
     """
     device = select_device(config.device)
-    resumed = find_resumed(config, resume, overrides, allow_changes, device) if resume else None
-    if resumed:
-        config = resumed.config
-        if resumed.is_finished:
-            logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
-            return resumed.run_dir or config.output_dir
-    model = build_model(config, device)
-    images = load_images(config.data, train=True)
-    loaders = create_loaders(config, images, device)
-    if resumed:
-        resumed.check_length(len(loaders[0]), allow_changes)
-    # Until here a signal ends the process at once: there is nothing to save.
-    with stop_flag() as flag:
-        run_dir = open_run_dir(config, resumed.run_dir if resumed else None)
-        with log_file(run_dir / "logs" / "training.log"), naming_newest_state(run_dir / "checkpoints"):
-            log_start(config, model, images, run_dir, device, resumed)
-            record = RunRecord(run_dir.name, config.model_dump(mode="json"), list(images.class_names))
-            fit(config, model, record, loaders, run_dir, resumed, flag)
+    with processes.joined(device) as launch:
+        if launch and launch.restarts and (known := processes.remembered_run()):
+            logger.info("started anew by torchrun (%d): going on with %s", launch.restarts, known)
+            resume = known
+        resumed = find_resumed(config, resume, overrides, allow_changes, device) if resume else None
+        if resumed:
+            config = resumed.config
+            if resumed.is_finished:
+                logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
+                return resumed.run_dir or config.output_dir
+        model = build_model(config, device)
+        images = processes.load_once(lambda: split_images(config.data, load_images(config.data, train=True)))
+        loaders = create_loaders(config, images, device)
+        if resumed:
+            resumed.check_length(len(loaders[0]), allow_changes)
+            resumed.check_processes_agree()
+        # Until here a signal ends the process at once: there is nothing to save.
+        with stop_flag(processes.agree if idist.get_world_size() > 1 else None) as flag:
+            run_dir = open_shared_run_dir(config, resumed.run_dir if resumed else None, launch)
+            with log_file(run_dir / "logs" / "training.log"), naming_newest_state(run_dir / "checkpoints"):
+                log_start(config, model, images, run_dir, resumed)
+                record = RunRecord(run_dir.name, config.model_dump(mode="json"), list(images[0].class_names))
+                fit(config, model, record, loaders, run_dir, resumed, flag)
     return run_dir
 
 
@@ -110,11 +119,18 @@ def fit(
     loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
     iterations = options.epochs * len(train_loader)
     forward = create_training_forward(config, model, train_loader, precision, iterations)
-    trainer = create_trainer(model, forward, optimizer, loss_fn, scaler)
+    several, is_first = idist.get_world_size() > 1, idist.get_rank() == 0
+    step_loss: LossFn = loss_fn
+    if several:
+        forward = processes.wrap(model, forward, device, sync_batch_norm=options.sync_batch_norm)
+        step_loss = weigh(loss_fn, lambda: train_loader.weight)
+    trainer = create_trainer(model, forward, optimizer, step_loss, scaler)
     timer = handlers.EpochTimer(trainer)
     schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, iterations)
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
     check_every = 1 if device.type == "cpu" else options.log_every
+    # Several processes look at clocks and signals together. One on its own looks each time: it costs nothing.
+    agree, look_every = (processes.agree, check_every) if several else (int, 1)
     if options.drop_path_ramp:
         handlers.attach_drop_path_ramp(trainer, model, options.drop_path_ramp, options.epochs)
     check = handlers.attach_gradient_guard(trainer, model, optimizer, scaler, options.clip_grad_norm, check_every)
@@ -125,7 +141,10 @@ def fit(
     judged = model
     if options.ema_decay:
         judged = state["ema"] = handlers.attach_ema(trainer, model, options.ema_decay)
-    attach_progress(trainer, metrics, optimizer, options.log_every)
+    if several:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: processes.copy_buffers(judged))
+    if is_first:
+        attach_progress(trainer, metrics, optimizer, options.log_every)
 
     evaluator = create_evaluator(judged, create_forward(judged, device, precision)) if val_loader else None
     if evaluator and val_loader:
@@ -146,14 +165,18 @@ def fit(
         state["best"] = best
         if options.patience:
             state["early_stopping"] = handlers.attach_early_stopping(trainer, record, options.patience)
-    attach_reports(trainer, record, run_dir / "logs", options.checkpoint_every)
+    if is_first:
+        attach_reports(trainer, record, run_dir / "logs", options.checkpoint_every)
     if resumed:
         resumed.load_into(state)
         train_loader.iteration = trainer.state.iteration
         handlers.set_schedule(schedule, trainer.state.iteration)
     state["metrics"] = metrics
-    save = attach_checkpoints(trainer, state, saver, options.checkpoint_every, options.save_every_seconds, check)
-    handlers.attach_stop(trainer, evaluator, flag)
+    if several:
+        state["metrics"], check = processes.attach_summing(trainer, metrics, check)
+    every, every_seconds = options.checkpoint_every, options.save_every_seconds
+    save = attach_checkpoints(trainer, state, saver, every, every_seconds, check, agree, look_every)
+    handlers.attach_stop(trainer, evaluator, flag, look_every)
 
     started = time.monotonic()
     try:
@@ -166,10 +189,11 @@ def fit(
         saver.be_strict()
         save()
         raise Stopped(flag, record.epoch, trainer.state.iteration) from None
-    if saver.failures:
+    if agree(saver.failures):
         saver.be_strict()
         save()
-    log_end(record, run_dir, checkpoints / str(best.last_checkpoint), publish(), time.monotonic() - started)
+    if is_first:
+        log_end(record, run_dir, checkpoints / str(best.last_checkpoint), publish(), time.monotonic() - started)
 
 
 # --- Building -----------------------------------------------------------------------------------------------------
@@ -181,6 +205,8 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
     if config.train.drop_path_ramp and not any(isinstance(module, StochasticDepth) for module in model.modules()):
         raise InputError(f"train.drop_path_ramp: {config.model.name} has no stochastic depth to lower; set it to 0")
+    if config.train.sync_batch_norm and device.type == "cpu" and idist.get_world_size() > 1:
+        raise InputError("train.sync_batch_norm: works between GPUs only; set it to false")
     if config.optimizer.name == "muon" and not find_filters(model):
         raise InputError(f"optimizer.name: {config.model.name} has no convolution without a bias for Muon; take sgd")
     return model.to(device).to(memory_format=torch.channels_last)
@@ -222,9 +248,10 @@ def create_training_forward(
     Raises:
         RunFailedError: compilation fails, and was asked for (compile=on).
     """
-    device, size = loader.images.device, loader.batch_size
+    device, part = loader.images.device, part_of(loader.batch_size, loader.rank, loader.processes)
+    size = part.stop - part.start
     eager = create_forward(model, device, precision)
-    if size > len(loader.images) or not should_compile(config, device, iterations):
+    if loader.batch_size > len(loader.images) or not should_compile(config, device, iterations):
         return eager
     forward = create_forward(model, device, precision, compiled_batch=size)
     images = torch.zeros(size, *loader.images.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
@@ -239,29 +266,56 @@ def create_training_forward(
 
 
 def should_compile(config: Config, device: torch.device, iterations: int) -> bool:
-    """Whether it is asked for or pays; each change of a drop probability would be compiled anew."""
-    return pays_to_compile(config.compile, device, iterations) and not config.train.drop_path_ramp
+    """Whether it is asked for or pays; each change of a drop probability would be compiled anew.
+
+    SyncBatchNorm talks to other processes, which may compile longer or not at all.
+    """
+    options = config.train
+    return pays_to_compile(config.compile, device, iterations) and not (
+        options.drop_path_ramp or options.sync_batch_norm
+    )
 
 
-def create_loaders(config: Config, images: Images, device: torch.device) -> tuple[TrainLoader, EvalLoader | None]:
-    """Split the training images and put them on the device; no validation loader if nothing is held out."""
-    labels = images.labels
-    assert labels is not None, "training images have labels"
-    train_rows, val_rows = split_validation(labels, config.data.validation, config.data.split_seed)
+def create_loaders(
+    config: Config, images: Sequence[Images], device: torch.device
+) -> tuple[TrainLoader, EvalLoader | None]:
+    """Put the images to train on and those for validation on the device; no validation loader if there are none.
 
-    def on_device(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return images.images.index_select(0, rows).to(device), labels[rows].to(device)
+    Raises:
+        InputError: there are more processes than images in a batch.
+    """
+    train_images, val_images = images
+    rank, count, batch_size = idist.get_rank(), idist.get_world_size(), config.data.batch_size
+    if count > batch_size:
+        raise InputError(f"data.batch_size: {batch_size} images cannot be shared by {count} processes")
+
+    def on_device(part: Images) -> tuple[Tensor, Tensor]:
+        assert part.labels is not None, "training images have labels"
+        return part.images.to(device), part.labels.to(device)
 
     train_loader = TrainLoader(
-        *on_device(train_rows),
-        batch_size=config.data.batch_size,
+        *on_device(train_images),
+        batch_size=batch_size,
         seed=config.seed,
         augment=create_augment(config.augment, NUM_CLASSES, config.train.epochs),
+        rank=rank,
+        processes=count,
     )
-    if not len(val_rows):
+    if not len(val_images.images):
         return train_loader, None
     mean, std = config.augment.mean, config.augment.std
-    return train_loader, EvalLoader(*on_device(val_rows), batch_size=config.data.batch_size, mean=mean, std=std)
+    return train_loader, EvalLoader(
+        *on_device(val_images), batch_size=batch_size, mean=mean, std=std, rank=rank, processes=count
+    )
+
+
+def open_shared_run_dir(config: Config, run_dir: Path | None, launch: Launch | None) -> Path:
+    """The folder of a run, opened by the first of its processes and known to all."""
+    if launch is None or launch.rank == 0:
+        run_dir = open_run_dir(config, run_dir)
+        if launch:
+            processes.remember_run(run_dir)
+    return Path(processes.same_for_all(str(run_dir)))
 
 
 def open_run_dir(config: Config, run_dir: Path | None) -> Path:
@@ -286,7 +340,13 @@ def open_run_dir(config: Config, run_dir: Path | None) -> Path:
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Send the package's messages to a file too, with the time; if that fails, to the terminal alone."""
+    """Send the package's messages to a file too, with the time; if that fails, to the terminal alone.
+
+    Of several processes, only the first one writes.
+    """
+    if idist.get_rank():
+        yield
+        return
     package = logging.getLogger("cifar_ignite")
     try:
         handler = logging.FileHandler(path, encoding="utf-8")
@@ -310,16 +370,18 @@ def log_file(path: Path) -> Iterator[None]:
 def naming_newest_state(checkpoints: Path) -> Iterator[None]:
     """Add to the message of a failed run from where it can be continued."""
     try:
-        yield
+        with processes.noticing_lost_processes():
+            yield
     except Stopped:
         raise
     except RunFailedError as error:
         found = newest(checkpoints.glob("latest_*.pt"))
-        raise RunFailedError(f"{error}; newest state before it: {found or 'none yet'}") from None
+        error.args = (f"{error}; newest state before it: {found or 'none yet'}",)
+        raise
 
 
 def log_start(
-    config: Config, model: nn.Module, images: Images, run_dir: Path, device: torch.device, resumed: Resumed | None
+    config: Config, model: nn.Module, images: Sequence[Images], run_dir: Path, resumed: Resumed | None
 ) -> None:
     """The configuration, a line a group; the model and its size; the device; where it all goes."""
     tree = config.model_dump(mode="json")
@@ -329,10 +391,11 @@ def log_start(
             "%-9s  %s", group, "  ".join(f"{key}={json.dumps(value)}" for key, value in flatten(values).items())
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = next(model.parameters()).device
     precision = str(select_precision(config.precision, device)).removeprefix("torch.")
-    logger.info("%s with %s parameters on %s in %s", config.model.name, f"{parameters:,}", device, precision)
-    held_out = config.data.validation
-    logger.info("%d images to train on, %d held out for validation", len(images.images) - held_out, held_out)
+    where = f"{count} processes, each on {device}" if (count := idist.get_world_size()) > 1 else device
+    logger.info("%s with %s parameters on %s in %s", config.model.name, f"{parameters:,}", where, precision)
+    logger.info("%d images to train on, %d held out for validation", *(len(part.images) for part in images))
     logger.info("run folder %s", run_dir)
     if resumed:
         logger.info(resumed.describe())

@@ -113,6 +113,7 @@ def test_a_byte_order_mark_is_harmless(tmp_path):
         ("optimizer.name=adam", "optimizer.name: Input should be 'sgd' or 'muon'"),
         ("optimizer.momentum=0 optimizer.nesterov=true", "optimizer: nesterov: needs a momentum above 0"),
         ("compile=on train.drop_path_ramp=0.5", "compile: on would compile anew each epoch"),
+        ("compile=on train.sync_batch_norm=true", "compile: on cannot be had with train.sync_batch_norm"),
         ("augment.erasing_scale=[0.5,0.1]", "augment: erasing_scale: the lower bound 0.5 is above the upper bound 0.1"),
         ("augment.mixup_p=0.5", "augment: cutmix_p + mixup_p = 1.2 is above 1"),
         ("optimizer.lr", "--set optimizer.lr: expected section.key=value"),
@@ -204,6 +205,7 @@ READ = {
     "data.root",
     "data.synthetic.test_size",
     "train.log_every",
+    "train.sync_batch_norm",
     "train.save_failures_allowed",
 }
 

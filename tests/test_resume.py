@@ -38,7 +38,7 @@ def signal_at(monkeypatch, iteration, signum, *, evaluating=False):
     """A real signal to this process in the middle of an iteration of training, or of validation after it."""
     original = handlers.attach_stop
 
-    def attach(trainer, evaluator, flag):
+    def attach(trainer, evaluator, flag, every):
         def send(engine):
             if trainer.state.iteration == iteration:
                 os.kill(os.getpid(), signum)
@@ -46,7 +46,7 @@ def signal_at(monkeypatch, iteration, signum, *, evaluating=False):
         (evaluator if evaluating else trainer).add_event_handler(
             Events.ITERATION_STARTED(once=1 if evaluating else iteration), send
         )
-        original(trainer, evaluator, flag)
+        original(trainer, evaluator, flag, every)
 
     monkeypatch.setattr(handlers, "attach_stop", attach)
 
@@ -380,9 +380,9 @@ def test_checkpoints_that_can_no_longer_be_written_end_the_run_with_the_old_ones
 def test_a_run_folder_that_somebody_removed_ends_the_run_in_one_line(command, tiny_file, tmp_path, monkeypatch):
     original = handlers.attach_stop
 
-    def attach(trainer, evaluator, flag):
+    def attach(trainer, evaluator, flag, every):
         trainer.add_event_handler(Events.ITERATION_STARTED(once=6), lambda: shutil.rmtree(the_run(tmp_path)))
-        original(trainer, evaluator, flag)
+        original(trainer, evaluator, flag, every)
 
     monkeypatch.setattr(handlers, "attach_stop", attach)
     status, out, err = command("train", "--config", tiny_file, *overrides(**{"train.save_failures_allowed": 1}))
@@ -395,10 +395,10 @@ def test_a_run_folder_that_somebody_removed_ends_the_run_in_one_line(command, ti
 def test_a_best_model_that_somebody_deleted_is_told_at_the_end(command, tiny_file, tmp_path, monkeypatch):
     original = handlers.attach_stop
 
-    def attach(trainer, evaluator, flag):
+    def attach(trainer, evaluator, flag, every):
         best = (the_run(tmp_path) / "checkpoints").glob("best_*.pth")
         trainer.add_event_handler(Events.COMPLETED, lambda: [path.unlink() for path in best])
-        original(trainer, evaluator, flag)
+        original(trainer, evaluator, flag, every)
 
     monkeypatch.setattr(handlers, "attach_stop", attach)
     status, out, err = command("train", "--config", tiny_file)
