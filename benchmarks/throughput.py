@@ -39,6 +39,7 @@ from torchvision.transforms import v2
 
 from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
+from cifar_ignite.building import build_model, create_loaders, create_optimizer, create_training_forward, should_compile
 from cifar_ignite.config import AugmentConfig, Config, InputError, load_config
 from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images, split_images
 from cifar_ignite.engines import (
@@ -51,7 +52,6 @@ from cifar_ignite.engines import (
 )
 from cifar_ignite.loader import EvalLoader, TrainLoader, part_of
 from cifar_ignite.models import create_model
-from cifar_ignite.train import build_model, create_loaders, create_optimizer, create_training_forward, should_compile
 
 Turn = Callable[[], int]
 """Does some work and returns how many images it was."""

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_ignite.building import build_model, create_optimizer, find_filters
 from cifar_ignite.config import Config, InputError, ModelConfig, OptimizerConfig
 from cifar_ignite.models import MODELS, create_model
 from cifar_ignite.muon import Muon, orthogonalize
-from cifar_ignite.train import build_model, create_optimizer, find_filters
 
 OPTIONS = {"filter_lr": 0.1, "filter_momentum": 0.6, "dtype": torch.bfloat16}
 
