@@ -4,19 +4,26 @@
         --vary optimizer.nesterov=false --vary "train.ema_decay=null" --vary "optimizer.lr=0.3 data.batch_size=256"
 
 The test set is never read. A figure is the validation accuracy after the last epoch. Seeds are the outer loop, so that
-a run that is cut short has compared all changes on fewer seeds. FILE.json is rewritten after each run.
+a run that is cut short has compared all changes on fewer seeds. FILE.json is rewritten after each run. On a CPU, runs of
+one thread side by side (`--jobs`, as many as there are cores) get more done than one run on all cores.
 """
 
 import argparse
 import json
 import logging
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+import torch
 
+from benchmarks.accuracy import current_commit
 from cifar_ignite.config import Config, InputError, RunFailedError, load_config
 from cifar_ignite.train import train
 
@@ -27,10 +34,27 @@ def last_validation_accuracy(config: Config) -> float:
         run_dir = train(config)
     except RunFailedError as error:
         if error.status != 1:  # a signal
-            raise
+            sys.exit(error.status)
         print(f"diverged: {error}")
         return 0.1
     return float(pd.read_csv(run_dir / "logs" / "metrics.csv")["val_acc"].iloc[-1])
+
+
+def measure(configs: Sequence[Config], jobs: int) -> Iterator[float]:
+    """The last validation accuracy of each, in order, of `jobs` runs side by side that share the cores."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
+    with ProcessPoolExecutor(jobs, spawn, initializer=prepare, initargs=(threads,)) as pool:
+        try:
+            yield from pool.map(last_validation_accuracy, configs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def prepare(threads: int) -> None:
+    """Set up a process that trains."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    torch.set_num_threads(threads)
 
 
 def table(accuracies: dict[str, list[float]]) -> pd.DataFrame:
@@ -52,9 +76,9 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     parser.add_argument("--vary", action="append", default=[], metavar="'KEY=VALUE ...'", help="one row each")
     parser.add_argument("--seeds", type=int, default=2, help="how many, from 0 on (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="names FILE.json (default: in a temporary folder)")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     out = options.out or Path(tempfile.mkdtemp()) / "ablations"
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f"{out.name}.json")
@@ -69,13 +93,13 @@ def main() -> int:
             for seed in range(options.seeds)
             for change in accuracies
         }
-        for (seed, change), config in configs.items():
-            accuracies[change].append(last_validation_accuracy(config))
+        for (seed, change), accuracy in zip(configs, measure(list(configs.values()), options.jobs), strict=True):
+            accuracies[change].append(accuracy)
             print(f"seed {seed}: {100 * accuracies[change][-1]:.2f}%  {change}", flush=True)
-            result = {"overrides": options.overrides, "validation_accuracy": accuracies}
+            result = {"commit": current_commit(), "overrides": options.overrides, "validation_accuracy": accuracies}
             path.write_text(json.dumps(result, indent=2) + "\n")
-    except (InputError, RunFailedError) as error:
-        parser.exit(getattr(error, "status", 2), f"ablations: {error}\n")
+    except InputError as error:
+        parser.exit(2, f"ablations: {error}\n")
     print(table(accuracies).to_string(index=False, float_format="{:.2f}".format))
     print(f"\nwritten: {path}")
     return 0
