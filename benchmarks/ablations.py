@@ -4,8 +4,8 @@
         --vary optimizer.nesterov=false --vary "train.ema_decay=null" --vary "optimizer.lr=0.3 data.batch_size=256"
 
 The test set is never read. A figure is the validation accuracy after the last epoch. Seeds are the outer loop, so that
-a run that is cut short has compared all changes on fewer seeds. FILE.json is rewritten after each run. On a CPU, runs of
-one thread side by side (`--jobs`, as many as there are cores) get more done than one run on all cores.
+a run that is cut short has compared all changes on fewer seeds. FILE.json is rewritten after each run. On a CPU, as
+many runs side by side as there are cores (`--jobs`) get more done than one run on all cores.
 """
 
 import argparse
