@@ -96,7 +96,7 @@ def test_ablations_compare_changes_seed_by_seed_and_read_no_test_set(tmp_path, t
     (cifar_root / "cifar-10-batches-py" / "test_batch").unlink()
     changes = ["optimizer.lr=0.2 train.ema_decay=0.5", "model.dropout=0"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ablations", "--config", tiny_file, "--out", tmp_path / "abl"]
+        [sys.executable, "-m", "benchmarks.ablations", "--config", tiny_file, "--out", tmp_path / "abl", "--jobs=2"]
         + [f"--vary={change}" for change in changes],
         cwd=ROOT,
         capture_output=True,
