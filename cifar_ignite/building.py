@@ -6,11 +6,12 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cifar_ignite.augment import create_augment
-from cifar_ignite.config import Config, InputError, OptimizerConfig, RunFailedError
+from cifar_ignite.augment import create_augment, normalize, to_float
+from cifar_ignite.config import AugmentConfig, Config, InputError, OptimizerConfig, RunFailedError
 from cifar_ignite.data import NUM_CLASSES, Images
 from cifar_ignite.engines import Forward, create_forward, pays_to_compile, warm_up
 from cifar_ignite.loader import INITIAL_WEIGHTS, EvalLoader, TrainLoader, derive_seed, part_of
@@ -33,10 +34,37 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
+@torch.no_grad()
+def whiten_stem(model: nn.Module, images: Tensor, config: AugmentConfig) -> None:
+    """Make the first convolution's filters the principal components of what they see, and freeze them there.
+
+    Patch whitening (Page, 2019, "How to train your ResNet 8: Bag of tricks"), each component beside its negative, as
+    a ReLU shows only one of them (Jordan, 2024, arXiv:2404.00498, section 3.2): the outputs are uncorrelated but for
+    that. There, filters are also scaled to an output variance of 1; here that is left to the BatchNorm behind them.
+
+    Args:
+        model: whose first convolution is the stem.
+        images: to train on, uint8 (N, 3, H, W); the first 2,000 are looked at.
+        config: for the normalisation.
+
+    Raises:
+        InputError: the model has no convolution of images, or it has more filters than twice the values they see.
+    """
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None or stem.bias is not None or stem.weight[0].numel() * 2 < stem.out_channels:
+        raise InputError("train.whiten_stem: the model has no stem that can be whitened; set it to false")
+    seen = normalize(to_float(images[:2_000]), config.mean, config.std)
+    patches = F.unfold(seen, stem.kernel_size).transpose(0, 1).flatten(1)
+    components = torch.linalg.eigh(patches @ patches.T).eigenvectors.T.flip(0)[: (stem.out_channels + 1) // 2]
+    stem.weight.copy_(torch.cat([components, -components])[: stem.out_channels].view_as(stem.weight))
+    stem.weight.requires_grad_(False)
+
+
 def find_filters(model: nn.Module) -> list[Tensor]:
-    """The weights of convolutions that BatchNorm follows, known by their want of a bias."""
+    """The weights of convolutions that BatchNorm follows, known by their want of a bias; not what is frozen."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return [convolution.weight for convolution in convolutions if convolution.bias is None]
+    weights = (convolution.weight for convolution in convolutions if convolution.bias is None)
+    return [weight for weight in weights if weight.requires_grad]
 
 
 def create_optimizer(config: OptimizerConfig, model: nn.Module, precision: torch.dtype) -> torch.optim.SGD:
@@ -45,7 +73,8 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module, precision: torch
     Fused, so that an update can be skipped on the device (see handlers.attach_gradient_guard).
     """
     filters = find_filters(model) if config.name == "muon" else []
-    rest = [parameter for parameter in model.parameters() if all(parameter is not one for one in filters)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trained if all(parameter is not one for one in filters)]
     groups = [
         {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": config.weight_decay},
         {

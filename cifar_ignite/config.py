@@ -208,6 +208,8 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay an iteration of the average of weights and BatchNorm statistics that is judged and saved as the model;
     smaller at first; null is off"""
+    whiten_stem: bool = False
+    """the first convolution is frozen at the principal components of patches of the training images"""
     drop_path_ramp: Probability = 0.0
     """share of the epochs, the last ones, over which stochastic depth falls to zero; then nothing is compiled"""
     sync_batch_norm: bool = False

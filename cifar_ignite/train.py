@@ -16,7 +16,13 @@ from torch import nn
 from torch.amp import GradScaler
 
 from cifar_ignite import handlers, processes
-from cifar_ignite.building import build_model, create_loaders, create_optimizer, create_training_forward
+from cifar_ignite.building import (
+    build_model,
+    create_loaders,
+    create_optimizer,
+    create_training_forward,
+    whiten_stem,
+)
 from cifar_ignite.checkpoints import (
     RunRecord,
     best_model_path,
@@ -81,6 +87,8 @@ def train(
         model = build_model(config, device)
         images = processes.load_once(lambda: split_images(config.data, load_images(config.data, train=True)))
         loaders = create_loaders(config, images, device)
+        if config.train.whiten_stem:
+            whiten_stem(model, loaders[0].images, config.augment)
         if resumed:
             resumed.check_length(len(loaders[0]), allow_changes)
             resumed.check_processes_agree()

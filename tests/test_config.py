@@ -179,6 +179,7 @@ EFFECTS = {
     "train.label_smoothing": 0.0,
     "train.clip_grad_norm": 0.01,
     "train.ema_decay": 0.5,
+    "train.whiten_stem": True,
     "train.drop_path_ramp": 1.0,
     "train.checkpoint_every": 1,
     "train.save_every_seconds": 0,
