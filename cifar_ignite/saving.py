@@ -47,9 +47,10 @@ class PatientSaver:
         before, last = checkpoint.state_dict(), checkpoint.last_checkpoint
         try:
             checkpoint(engine)
-            if then and checkpoint.last_checkpoint != last:
-                then()
-            self.failures = 0
+            if checkpoint.last_checkpoint != last:  # a model that is not better is not saved: that is no success
+                if then:
+                    then()
+                self.failures = 0
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             # Checkpoint has already noted the file that is not there as saved, and the old one as removed.
             checkpoint.load_state_dict(before)

@@ -85,6 +85,22 @@ def test_so_many_failed_saves_in_a_row_end_the_run(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest_000000002.pt", "latest_000000008.pt"]
 
 
+def test_a_model_that_is_not_better_is_no_successful_save(tmp_path, monkeypatch):
+    disk = {"full": False}
+    broken_disk(monkeypatch, lambda: disk["full"])
+    record, trainer = RunRecord("run", {}, []), Engine(lambda *_: None)
+    saver = PatientSaver(tmp_path, 9)
+    attach_best_model(trainer, nn.Linear(1, 1), record, saver, lambda: None, selected=True)
+    failures = []
+    for epoch, (accuracy, full) in enumerate([(0.3, False), (0.9, True), (0.2, True), (0.9, True), (0.9, False)], 1):
+        disk["full"] = full
+        record.history.append(row(epoch, accuracy))
+        trainer.state.epoch = epoch
+        trainer.fire_event(Events.EPOCH_COMPLETED)
+        failures.append(saver.failures)
+    assert failures == [0, 1, 1, 2, 0]
+
+
 def test_a_checkpoint_that_somebody_deleted_is_not_missed(tmp_path):
     trainer = Engine(lambda *_: None)
     state = {"counter": Counter(), "other": Counter()}
