@@ -177,8 +177,10 @@ def find_resumed(
         found, saved = path, _load_state(path, device)
         inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").exists()
         run_dir = path.parent.parent if inside else None
-    then = saved["record"].config if saved else _read_config(run_dir)
-    own = parse_config(copy.deepcopy(then), str(found or run_dir), overrides)
+    source = str(found or run_dir)
+    # Through Config: a key that the run's version did not know yet stood at what is now its default.
+    then = parse_config(saved["record"].config if saved else _read_config(run_dir), source).model_dump(mode="json")
+    own = parse_config(copy.deepcopy(then), source, overrides)
     # The folder may have been moved since.
     at_home = run_dir is not None and run_dir.parent.name == "training_runs"
     output_dir = run_dir.parent.parent if run_dir is not None and at_home else config.output_dir
@@ -188,8 +190,7 @@ def find_resumed(
     if (refused := changed.keys() - ({"train.epochs"} if longer else set())) and not allow_changes:
         told = ", ".join(_describe(key, *changed[key]) for key in sorted(refused))
         raise InputError(
-            f"{found or run_dir}: cannot be resumed under another configuration: {told} "
-            "(--allow-changes takes it all the same)"
+            f"{source}: cannot be resumed under another configuration: {told} (--allow-changes takes it all the same)"
         )
     kept = sorted(differences(then, config).keys() - changed.keys())
     return Resumed(run_dir, found, saved, now, changed, kept)

@@ -184,6 +184,21 @@ def test_a_continued_run_keeps_its_own_configuration(command, tiny_file, tmp_pat
     assert_same_training(straight, the_run(tmp_path))
 
 
+def test_a_run_of_a_version_that_lacked_a_key_goes_on(command, tiny_file, tmp_path, monkeypatch, straight):
+    """The default of a new key is what the older version did."""
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGINT)
+        command("train", "--config", tiny_file, *overrides())
+    newest = the_run(tmp_path) / "checkpoints" / "latest_000000006.pt"
+    state = torch.load(newest, weights_only=True)
+    del state["record"]["config"]["train"]["whiten_stem"]
+    torch.save(state, newest)
+    status, out, err = command("train", "--config", tiny_file, "--resume", "latest")
+    assert status == 0, err
+    assert "whiten_stem was" not in out
+    assert_same_training(straight, the_run(tmp_path))
+
+
 def test_changes_are_taken_only_when_asked_for(command, tiny_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         signal_at(patched, 6, signal.SIGINT)
