@@ -155,11 +155,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of this project onto a device, running no code from it.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this project, running no code from it.
 
     Returns:
-        The state dicts by name ("model", and for a training state also "optimizer" and more), and "record".
+        The state dicts by name ("model", and for a training state also "optimizer" and more), on the CPU, and "record".
 
     Raises:
         InputError: missing, truncated, damaged, hostile or foreign.
@@ -170,7 +170,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             damaged = archive.testzip()
         if damaged:
             raise InputError(f"{path}: damaged checkpoint: the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:

@@ -251,10 +251,20 @@ def _sum_over_processes(metric: Metric) -> dict[str, Any]:
 
 
 def restore_metric(metric: Metric, saved: Mapping[str, list[Any]]) -> None:
-    """Give a metric what one process, or all of them together, had gathered; the first process takes it on."""
+    """Give a metric what one process, or all of them together, had gathered; the first process takes it on.
+
+    Args:
+        metric: whose device the tensors are put on.
+        saved: its state dict, with the state of one process; on any device.
+    """
+
+    def moved(state: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value.to(metric._device) if isinstance(value, Tensor) else value for name, value in state.items()}
+
     if idist.get_rank() == 0:
         # Ignite expects a state of each process, of which it takes its own.
-        metric.load_state_dict({key: states * idist.get_world_size() for key, states in saved.items()})
+        count = idist.get_world_size()
+        metric.load_state_dict({key: [moved(state) for state in states] * count for key, states in saved.items()})
 
 
 # --- Sharing memory -----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from ignite.metrics import Metric
@@ -146,9 +145,7 @@ class Resumed:
         return line
 
 
-def find_resumed(
-    config: Config, resume: str, overrides: Sequence[str], allow_changes: bool, device: torch.device
-) -> Resumed:
+def find_resumed(config: Config, resume: str, overrides: Sequence[str], allow_changes: bool) -> Resumed:
     """The run that `--resume` means, and the configuration under which it goes on: its own, and what is overridden.
 
     Args:
@@ -158,7 +155,6 @@ def find_resumed(
         overrides: `section.key=value` that are to differ from the run's own configuration.
         allow_changes: go on under `config` as it is; otherwise only more epochs, and what does not change what is
             trained, may differ.
-        device: where the state's tensors are put.
 
     Raises:
         InputError: there is none, it is no training state, or it belongs to another configuration.
@@ -168,13 +164,13 @@ def find_resumed(
     found: Path | None
     if resume == "latest":
         run_dir = newest_run(config.output_dir / "training_runs", config.experiment)
-        found, saved = _newest_whole(_states(run_dir), device)
+        found, saved = _newest_whole(_states(run_dir))
     elif path.is_dir():
         run_dir = path
         found = next(iter(_states(path)), None)
-        saved = _load_state(found, device) if found else {}
+        saved = _load_state(found) if found else {}
     else:
-        found, saved = path, _load_state(path, device)
+        found, saved = path, _load_state(path)
         inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").exists()
         run_dir = path.parent.parent if inside else None
     source = str(found or run_dir)
@@ -244,11 +240,11 @@ def _states(run_dir: Path) -> list[Path]:
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
-def _newest_whole(states: list[Path], device: torch.device) -> tuple[Path | None, dict[str, Any]]:
+def _newest_whole(states: list[Path]) -> tuple[Path | None, dict[str, Any]]:
     """The first state that loads, telling of those that do not."""
     for path in states:
         try:
-            saved = _load_state(path, device)
+            saved = _load_state(path)
         except InputError as error:
             logger.warning("%s; falling back to an older state", error)
             continue
@@ -258,8 +254,8 @@ def _newest_whole(states: list[Path], device: torch.device) -> tuple[Path | None
     return None, {}
 
 
-def _load_state(path: Path, device: torch.device) -> dict[str, Any]:
-    saved = load_checkpoint(path, device)
+def _load_state(path: Path) -> dict[str, Any]:
+    saved = load_checkpoint(path)
     if missing := {"optimizer", "trainer", "timer", "metrics"} - saved.keys():
         raise InputError(
             f"{path}: not a training state (no {', '.join(sorted(missing))} in it); "

@@ -43,7 +43,7 @@ from cifar_ignite.engines import (
     select_precision,
     weigh,
 )
-from cifar_ignite.launch import Launch
+from cifar_ignite.launch import Launch, read_launch
 from cifar_ignite.loader import EvalLoader, TrainLoader
 from cifar_ignite.reporting import attach_progress, attach_reports, format_seconds
 from cifar_ignite.resume import Resumed, find_resumed
@@ -73,17 +73,18 @@ def train(
         RunFailedError: the training diverged, or checkpoints can no longer be written, or a signal asked to stop
             (`Stopped`); the newest checkpoints are whole.
     """
+    launch = read_launch()
+    if launch and launch.restarts and (known := processes.remembered_run()):
+        logger.info("started anew by torchrun (%d): going on with %s", launch.restarts, known)
+        resume = known
+    resumed = find_resumed(config, resume, overrides, allow_changes) if resume else None
+    if resumed:
+        config = resumed.config
     device = select_device(config.device)
-    with processes.joined(device) as launch:
-        if launch and launch.restarts and (known := processes.remembered_run()):
-            logger.info("started anew by torchrun (%d): going on with %s", launch.restarts, known)
-            resume = known
-        resumed = find_resumed(config, resume, overrides, allow_changes, device) if resume else None
-        if resumed:
-            config = resumed.config
-            if resumed.is_finished:
-                logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
-                return resumed.run_dir or config.output_dir
+    with processes.joined(device):
+        if resumed and resumed.is_finished:
+            logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
+            return resumed.run_dir or config.output_dir
         model = build_model(config, device)
         images = processes.load_once(lambda: split_images(config.data, load_images(config.data, train=True)))
         loaders = create_loaders(config, images, device)

@@ -184,6 +184,19 @@ def test_a_continued_run_keeps_its_own_configuration(command, tiny_file, tmp_pat
     assert_same_training(straight, the_run(tmp_path))
 
 
+def test_a_continued_run_keeps_its_own_device(command, tiny_file, tmp_path, monkeypatch, straight):
+    """Also where a GPU is asked for by the file, or would be taken by itself."""
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGINT)
+        command("train", "--config", tiny_file, *overrides(device="cpu"))
+    tiny_file.write_text(json.dumps(json.loads(tiny_file.read_text()) | {"device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status, _, err = command("train", "--config", tiny_file, "--resume", "latest")
+    assert status == 0, err
+    assert json.loads((the_run(tmp_path) / "config.json").read_text())["device"] == "cpu"
+    assert_same_training(straight, the_run(tmp_path))
+
+
 def test_a_run_of_a_version_that_lacked_a_key_goes_on(command, tiny_file, tmp_path, monkeypatch, straight):
     """The default of a new key is what the older version did."""
     with monkeypatch.context() as patched:
