@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.accuracy import current_commit
 from cifar_ignite.config import Config, InputError, RunFailedError, load_config
+from cifar_ignite.handlers import NonFiniteError
 from cifar_ignite.train import train
 
 
@@ -32,9 +33,7 @@ def last_validation_accuracy(config: Config) -> float:
     """Train, and return the last epoch's validation accuracy in [0, 1]; 0.1, a guess, if training diverges."""
     try:
         run_dir = train(config)
-    except RunFailedError as error:
-        if error.status != 1:  # a signal
-            sys.exit(error.status)
+    except NonFiniteError as error:
         print(f"diverged: {error}")
         return 0.1
     return float(pd.read_csv(run_dir / "logs" / "metrics.csv")["val_acc"].iloc[-1])
@@ -98,8 +97,8 @@ def main() -> int:
             print(f"seed {seed}: {100 * accuracies[change][-1]:.2f}%  {change}", flush=True)
             result = {"commit": current_commit(), "overrides": options.overrides, "validation_accuracy": accuracies}
             path.write_text(json.dumps(result, indent=2) + "\n")
-    except InputError as error:
-        parser.exit(2, f"ablations: {error}\n")
+    except (InputError, RunFailedError) as error:
+        parser.exit(getattr(error, "status", 2), f"ablations: {error}\n")
     print(table(accuracies).to_string(index=False, float_format="{:.2f}".format))
     print(f"\nwritten: {path}")
     return 0

@@ -92,10 +92,12 @@ def results_row(title: str, commit: str, summary: dict[str, dict[str, float]], c
 
 
 def current_commit() -> str:
-    """Short hash of the checkout, with a + if files differ from it; "unknown" outside of one."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=Path(__file__).parent, capture_output=True
-    )
+    """Short hash of the checkout, with a + if files differ from it; "unknown" outside of one, or without git."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        described = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True)
+    except OSError:
+        return "unknown"
     return described.stdout.decode().strip() or "unknown"
 
 

@@ -10,7 +10,7 @@
 # Whatever fails is told and the rest goes on; the exit status is 1 if anything failed.
 set -uo pipefail
 out=$(mkdir -p "${1:?OUT DATA}" && cd "$1" && pwd) || exit 2
-data=${2:?OUT DATA}
+data=$(realpath -m "${2:?OUT DATA}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-40} failed=0
 runs=${RUNS:-se_fast:5 stochastic_fast:5}

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from benchmarks.throughput import Setup, project_turn, random_images
 from cifar_ignite import processes
-from cifar_ignite.config import Config, load_config
+from cifar_ignite.config import Config, InputError, load_config
 from cifar_ignite.engines import select_device, weigh
 
 WARM_UP = 3
@@ -107,7 +107,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the medians to FILE.json")
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # a process that measures writes there
     options = parser.parse_args()
-    config = load_config(options.config, ["data.validation=0", "compile=off", *options.set])
+    try:
+        config = load_config(options.config, ["data.validation=0", "compile=off", *options.set])
+    except InputError as error:
+        parser.exit(2, f"scaling: {error}\n")
     if options.row:
         row = measure(config, options.images, options.seconds)
         if os.environ.get("RANK", "0") == "0":

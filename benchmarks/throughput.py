@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from cifar_ignite import handlers
 from cifar_ignite.augment import create_augment
 from cifar_ignite.building import build_model, create_loaders, create_optimizer, create_training_forward, should_compile
-from cifar_ignite.config import AugmentConfig, Config, InputError, load_config
+from cifar_ignite.config import AugmentConfig, Config, InputError, RunFailedError, load_config
 from cifar_ignite.data import CIFAR10_CLASSES, NUM_CLASSES, Images, split_images
 from cifar_ignite.engines import (
     Forward,
@@ -251,7 +251,10 @@ def peer_turn(setup: Setup, images: Images, iterations: int) -> Turn:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
-    batches = peer_loader(setup, images, workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    batches = peer_loader(setup, images, workers)
+    # Between two turns the workers have made two batches each, in time that is not measured: those are to be few.
+    iterations = max(iterations, 10 * 2 * workers)
 
     def turn() -> int:
         running_loss = 0.0
@@ -468,11 +471,13 @@ def main() -> int:
     try:
         config = load_config(options.config, [*options.overrides, "data.validation=0"])
         device = select_device(config.device)
-    except InputError as error:
-        parser.exit(2, f"throughput: {error}\n")
-    imported = peak_memory()
-    images = random_images(options.images)
-    setup = Setup(config, images)
+        if (largest := max([config.data.batch_size, *options.batch_sizes])) > options.images:
+            raise InputError(f"--images {options.images}: less than a batch of {largest}")
+        imported = peak_memory()
+        images = random_images(options.images)
+        setup = Setup(config, images)
+    except (InputError, RunFailedError) as error:
+        parser.exit(error.status, f"throughput: {error}\n")
     project_turn(setup, 3)()
     memory = {"cpu": peak_memory() - imported}
     if device.type == "cuda":

@@ -10,8 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks import ablations
 from benchmarks.ablations import table
-from benchmarks.accuracy import time_to_accuracy
+from benchmarks.accuracy import current_commit, time_to_accuracy
+from cifar_ignite.config import RunFailedError
+from cifar_ignite.handlers import NonFiniteError
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,3 +130,29 @@ def test_a_wrong_configuration_is_one_line(benchmark):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "did you mean batch_size?" in done.stderr
+
+
+def test_less_images_than_a_batch_are_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.throughput", "--images", "100"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "throughput: --images 100: less than a batch of 1024\n")
+
+
+def test_the_commit_is_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert current_commit() == "unknown"
+
+
+def test_a_run_that_fails_is_no_row_of_ablations(tiny_config, monkeypatch):
+    """Only one that diverges has an accuracy: that of a guess."""
+
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(ablations, "train", fail)
+    error = NonFiniteError("the gradient is not finite")
+    assert ablations.last_validation_accuracy(tiny_config()) == 0.1
+    error = RunFailedError("cannot write a checkpoint")
+    with pytest.raises(RunFailedError):
+        ablations.last_validation_accuracy(tiny_config())
