@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cifar_ignite.config import InputError, RunFailedError, describe_schema, load_config
+from cifar_ignite.config import InputError, RunFailedError, describe_schema, load_config, telling_of_memory
 from cifar_ignite.launch import is_first_on_machine, read_launch
 
 # torch takes seconds to import; `--help` and a wrong option should not wait for it, so commands import what they call.
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch and launch.rank:  # of several processes, the first one tells
             console.setLevel(logging.CRITICAL)
         package.addHandler(console)
-        options.command(options)
+        with telling_of_memory():
+            options.command(options)
     except (InputError, RunFailedError) as error:
         status = _fail(error.status, error, tell=error.is_first)
         if isinstance(error, RunFailedError) and error.is_lost:

@@ -84,10 +84,16 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module, precision: torch
     ]
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.name == "sgd":
-        return torch.optim.SGD(groups, fused=True, **options)
-    dtype = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    lr, momentum = config.muon_lr, config.muon_momentum
-    return Muon(groups, filters, filter_lr=lr, filter_momentum=momentum, dtype=dtype, **options)
+        optimizer = torch.optim.SGD(groups, fused=True, **options)
+    else:
+        dtype = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
+        lr, momentum = config.muon_lr, config.muon_momentum
+        optimizer = Muon(groups, filters, filter_lr=lr, filter_momentum=momentum, dtype=dtype, **options)
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            # SGD would make it at its first update, and leave it as the memory was if that update is skipped.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def create_training_forward(

@@ -7,7 +7,7 @@ the group of the code that reads it, and a line in the README's table.
 import contextlib
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,24 @@ class RunFailedError(Exception):
     is_first: bool | None = None
     is_lost = False
     """Whether another process has gone, so that what is under way with it may never end."""
+
+
+@contextlib.contextmanager
+def telling_of_memory() -> Iterator[None]:
+    """Turn the errors of memory that is used up, of a GPU or of the machine, into one line.
+
+    Raises:
+        RunFailedError: there was not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]  # that of a GPU is torch.OutOfMemoryError
+        if not isinstance(error, MemoryError) and "OutOfMemory" not in reason and "CPUAllocator" not in reason:
+            raise
+        raise RunFailedError(
+            f"out of memory ({reason}); take a smaller data.batch_size or model.width, or end what else uses it"
+        ) from None
 
 
 class Section(BaseModel):
@@ -279,7 +297,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         tree = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except (InputError, ValueError) as error:  # a key given twice; a number of more digits than Python reads
+    # A key given twice; a number of more digits, or brackets deeper, than Python reads.
+    except (InputError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from None
     if isinstance(tree, dict):
         tree.pop(SCHEMA_KEY, None)
@@ -344,7 +363,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[key] = text
     # A folder named 2026 is still a name; everything else is JSON.
     if _type_of(section, key) not in (str, Path):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             tree[key] = json.loads(text)
 
 

@@ -105,6 +105,7 @@ def warm_up(model: nn.Module, forward: Forward, images: Tensor) -> float:
     try:
         model.train()
         for _ in range(3):  # a CUDA graph is recorded in the second pass
+            model.zero_grad()  # gradients of the pass before lie in memory that the next one takes
             forward(images).sum().backward()
     except Exception as error:  # the compilers, of torch and of the system, raise nearly anything
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -64,7 +64,7 @@ def evaluate(
 
 def evaluate_trained(trained: Trained, test_file: Path | None, tta: str | None) -> Path:
     """What `evaluate` does once the network is there."""
-    config, device, model = trained.config, trained.device, trained.model
+    config, device, model = trained.config, trained.device, trained.model.to(trained.device)
     (images,) = processes.load_once(
         lambda: [read_test_file(test_file) if test_file else load_images(config.data, train=False)]
     )

@@ -64,7 +64,7 @@ def export(checkpoint: Path | None = None, model_name: str | None = None, overri
     """
     trained = load_trained(checkpoint, model_name, overrides)
     config, folder = trained.config, trained.config.output_dir / "exports"
-    model = trained.model.cpu().to(memory_format=torch.contiguous_format).eval()
+    model = trained.model.to(memory_format=torch.contiguous_format).eval()
     network = Deployed(model, config.augment.mean, config.augment.std).eval()
     logger.info("%s from %s, epoch %d", config.model.name, trained.path, trained.record.epoch)
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]

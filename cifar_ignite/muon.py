@@ -60,9 +60,10 @@ class Muon(SGD):
 
     def _step_filters(self, parameters: list[Tensor], lr: float, momentum: float) -> None:
         """Update filters of one shape, in one batch of matrices."""
-        buffers = [
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter)) for parameter in parameters
-        ]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         weight, before = torch.stack(parameters).flatten(2), torch.stack(buffers).flatten(2)
         gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None]).flatten(2)
         buffer = before * momentum + gradient

@@ -60,7 +60,7 @@ def predict(
     if not read:
         raise InputError(f"{paths[0]}: none of {len(files)} files is a readable picture")
     images = Images(pictures, None, [str(file) for file in read], tuple(trained.record.class_names))
-    forward = create_forward(trained.model, device, select_precision(config.precision, device))
+    forward = create_forward(trained.model.to(device), device, select_precision(config.precision, device))
     forward = average_views(forward, tta) if tta else forward
     probabilities, _ = run_evaluator(trained.model, forward, images, config, device)
     table = tabulate(images, probabilities, images.class_names).rename(columns={"ID": "file"})

@@ -139,9 +139,11 @@ def noticing_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         words = str(error).lower()
-        if not (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words or "connection" in words):
+        is_lost = isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words or "connection" in words
+        if idist.get_world_size() == 1 or not is_lost:
             raise
-        lost = RunFailedError("another process of this run has ended, or its machine is out of reach")
+        reason = str(error).strip().splitlines()[0]
+        lost = RunFailedError(f"another process of this run has ended, or its machine is out of reach ({reason})")
         lost.is_lost = True
         raise lost from None
 

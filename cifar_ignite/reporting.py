@@ -116,9 +116,12 @@ def attach_reports(trainer: Engine, record: RunRecord, logs: Path, figures_every
     clock = {"start": time.monotonic(), "epoch": 0}
 
     def draw() -> None:
-        from cifar_ignite.figures import draw_history  # matplotlib takes long to import: not before the first iteration
+        def import_and_draw() -> None:
+            from cifar_ignite.figures import draw_history  # matplotlib takes long to import: not before it is needed
 
-        tolerant("figures", lambda: draw_history(record.history, logs / "figures"))
+            draw_history(record.history, logs / "figures")
+
+        tolerant("figures", import_and_draw)
 
     def start(engine: Engine) -> None:
         clock.update({"start": time.monotonic(), "epoch": record.epoch})

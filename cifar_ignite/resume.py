@@ -11,6 +11,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from ignite.metrics import Metric
+from torch import nn
 
 from cifar_ignite.checkpoints import load_checkpoint, newest
 from cifar_ignite.config import Config, InputError, flatten, parse_config
@@ -28,6 +29,9 @@ FREE_TO_CHANGE = {
     "train.save_failures_allowed",
     "train.log_every",
 }
+
+# With these, the optimizer holds its parameters in another order.
+REORDERING = {"optimizer.name", "train.whiten_stem"}
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,19 @@ class Resumed:
         stopped = patience and self.saved and self.saved.get("early_stopping", {"counter": 0})["counter"] >= patience
         return self.epoch >= self.config.train.epochs or bool(stopped and not more)
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a state whose weights are those of another network."""
+        if not self.saved:
+            return
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in self.saved["model"].items()}
+        for name in sorted(shapes.keys() | found.keys()):
+            if shapes.get(name) != found.get(name):
+                raise InputError(
+                    f"{self.path}: not the configured network: {name} is {found.get(name, 'missing')} in the state "
+                    f"and {shapes.get(name, 'missing')} in the network"
+                )
+
     def check_length(self, epoch_length: int, allow_changes: bool) -> None:
         """Refuse a state whose epochs have another number of iterations: the data or the batch size is another.
 
@@ -89,7 +106,8 @@ class Resumed:
     def load_into(self, state: dict[str, Any]) -> None:
         """Give each object of a run its saved state.
 
-        Hyperparameters are those of the configuration: of the optimizer, only its momenta are taken over.
+        Hyperparameters are those of the configuration: of the optimizer, only its momenta are taken over, and not even
+        they if they would belong to other parameters: they are saved in the optimizer's order.
 
         Raises:
             InputError: the state does not fit the objects.
@@ -99,7 +117,11 @@ class Resumed:
         saved = {"ema": self.saved["model"], **self.saved, "record": self.saved["record"].state_dict()}
         saved["trainer"] = saved["trainer"] | {"max_epochs": self.config.train.epochs}
         groups = state["optimizer"].state_dict()["param_groups"]
-        saved["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
+        momenta = saved["optimizer"]["state"]
+        if reordered := sorted(REORDERING & self.changed.keys()):
+            momenta = state["optimizer"].state_dict()["state"]
+            logger.info("momenta begin at zero, because of another %s", " and ".join(reordered))
+        saved["optimizer"] = {"state": momenta, "param_groups": groups}
         try:
             Checkpoint.load_objects({key: thing for key, thing in state.items() if key in saved}, saved)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -159,7 +181,7 @@ def find_resumed(config: Config, resume: str, overrides: Sequence[str], allow_ch
     Raises:
         InputError: there is none, it is no training state, or it belongs to another configuration.
     """
-    path = Path(resume)
+    path = Path(resume).absolute()
     run_dir: Path | None
     found: Path | None
     if resume == "latest":

@@ -96,10 +96,10 @@ def attach_best_model(
     )
 
     def save(engine: Engine) -> None:
-        if selected:
-            saver(best, engine, publish)
-        elif engine.state.epoch == engine.state.max_epochs:
+        is_last = engine.state.epoch == engine.state.max_epochs
+        if is_last:
             saver.be_strict()
+        if selected or is_last:
             saver(best, engine, publish)
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED, save)

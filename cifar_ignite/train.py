@@ -32,7 +32,7 @@ from cifar_ignite.checkpoints import (
     replacing,
     sweep_temporaries,
 )
-from cifar_ignite.config import Config, InputError, RunFailedError, flatten
+from cifar_ignite.config import Config, InputError, RunFailedError, flatten, telling_of_memory
 from cifar_ignite.data import Images, load_images, split_images
 from cifar_ignite.engines import (
     LossFn,
@@ -91,6 +91,7 @@ def train(
         if config.train.whiten_stem:
             whiten_stem(model, loaders[0].images, config.augment)
         if resumed:
+            resumed.check_model(model)
             resumed.check_length(len(loaders[0]), allow_changes)
             resumed.check_processes_agree()
         # Until here a signal ends the process at once: there is nothing to save.
@@ -127,7 +128,6 @@ def fit(
         forward = processes.wrap(model, forward, device, sync_batch_norm=options.sync_batch_norm)
         step_loss = weigh(loss_fn, lambda: train_loader.weight)
     trainer = create_trainer(model, forward, optimizer, step_loss, scaler)
-    timer = handlers.EpochTimer(trainer)
     schedule = handlers.attach_schedule(trainer, optimizer, config.schedule, iterations)
     # A GPU runs ahead of the host, and each look at its tensors would make them wait for each other.
     check_every = 1 if device.type == "cpu" else options.log_every
@@ -136,6 +136,7 @@ def fit(
     if options.drop_path_ramp:
         handlers.attach_drop_path_ramp(trainer, model, options.drop_path_ramp, options.epochs)
     check = handlers.attach_gradient_guard(trainer, model, optimizer, scaler, options.clip_grad_norm, check_every)
+    timer = handlers.EpochTimer(trainer)  # stops after the guard's look, which waits for what a GPU has still to do
     metrics = handlers.attach_metrics(trainer, loss_fn, device)
     state = {"model": model, "optimizer": optimizer, "trainer": trainer, "record": record, "timer": timer}
     if scaler.is_enabled():
@@ -262,7 +263,7 @@ def log_file(path: Path) -> Iterator[None]:
 def naming_newest_state(checkpoints: Path) -> Iterator[None]:
     """Add to the message of a failed run from where it can be continued."""
     try:
-        with processes.noticing_lost_processes():
+        with processes.noticing_lost_processes(), telling_of_memory():
             yield
     except Stopped:
         raise
@@ -299,5 +300,7 @@ def log_end(record: RunRecord, run_dir: Path, best_path: Path, published: str, s
     if row := record.best:
         logger.info("best validation accuracy %.2f%% (epoch %d)", 100 * (row["val_acc"] or 0), row["epoch"])
     logger.info("model      %s", best_path)
+    if row and best_path.name != f"best_epoch_{row['epoch']:04d}.pth":
+        logger.warning("that is not the model of the best epoch, which is not in its folder")
     logger.info("published  %s", published)
     logger.info("logs       %s (training.log, metrics.csv, tensorboard, figures)", run_dir / "logs")

@@ -22,8 +22,9 @@ class Trained:
         path: the checkpoint.
         record: what the checkpoint tells about its run.
         config: the run's, with overrides and the present `output_dir`.
-        device: of the weights.
-        model: the network, channels_last, with averaged weights where the run averaged.
+        device: that the configuration asks for.
+        model: the network, channels_last, with averaged weights where the run averaged; still on the CPU, as which of
+            several GPUs is a process's own shows only when it has joined the others.
     """
 
     path: Path
@@ -50,9 +51,8 @@ def load_trained(checkpoint: Path | None, model_name: str | None, overrides: Seq
     saved = load_checkpoint(path)
     record: RunRecord = saved["record"]
     config = parse_config(record.config, str(path), [*overrides, f"output_dir={output_dir}"])
-    device = select_device(config.device)
-    model = load_model(config, saved.get("ema", saved["model"]), path).to(device).to(memory_format=torch.channels_last)
-    return Trained(path, record, config, device, model)
+    model = load_model(config, saved.get("ema", saved["model"]), path).to(memory_format=torch.channels_last)
+    return Trained(path, record, config, select_device(config.device), model)
 
 
 def find_best_model(output_dir: Path, model_name: str | None) -> Path:

@@ -44,6 +44,7 @@ def trained(command, tiny_file):
         ('{"seed": 1,\n  "train": }', "line 2, column 12: not valid JSON"),
         ("", "line 1, column 1: not valid JSON"),
         ("[]", "expected a JSON object"),
+        (100_000 * '{"data": ' + "1" + 100_000 * "}", "maximum recursion depth exceeded"),
         ('{"seed": 1, "seed": 2}', "key 'seed' is given twice"),
         ('{"data": {"batch_size": 0}}', "data.batch_size: Input should be greater than or equal to 1, got 0"),
         ('{"data": {"batch_size": "12"}}', "data.batch_size: Input should be a valid integer, got '12'"),
@@ -219,3 +220,10 @@ def test_nothing_to_resume(refused, tmp_path, tiny_file):
     line = refused("train", "--config", tiny_file, "--set", "experiment=other", "--resume", "latest")
     assert "no run of experiment 'other' to resume" in line
     assert "not a run folder" in refused("train", "--config", tiny_file, "--resume", tmp_path)
+
+
+def test_another_network_than_the_state_has(refused, trained, tiny_file):
+    """Also the configuration of the run is as it was."""
+    more = ["--set", "train.epochs=9", "--allow-changes"]
+    err = refused("train", "--config", tiny_file, "--resume", "latest", *more, "--set", "model.width=3")
+    assert "not the configured network: head.3.weight is (10, 16) in the state and (10, 24) in the network" in err

@@ -1,5 +1,7 @@
 """The whitened stem: what it computes, that it stays, and which models it is refused for."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,3 +72,21 @@ def test_models_without_a_stem_to_whiten_are_refused_and_nothing_is_written(tiny
     with pytest.raises(InputError, match=r"train\.whiten_stem"):
         train(tiny_config(train={"whiten_stem": True}, model={"width": 55}))
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_an_update_after_one_that_was_skipped_is_a_first_one(tiny_config, name):
+    """torch's SGD makes its momenta at the first update, and leaves them as the memory was if that is skipped."""
+    config = tiny_config(optimizer={"name": name, "momentum": 0.9})
+    results = []
+    for skipped in (0, 1):
+        model = build_model(config, torch.device("cpu"))
+        optimizer = create_optimizer(config.optimizer, model, torch.float32)
+        for infinite in [1.0] * skipped + [0.0]:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan if infinite else 0.1)
+            optimizer.found_inf = torch.tensor(infinite)
+            optimizer.step()
+        results.append(list(model.parameters()))
+        assert all(state["momentum_buffer"].isfinite().all() for state in optimizer.state.values())
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

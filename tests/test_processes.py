@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import ignite.distributed as idist
 import pandas as pd
 import pytest
 import torch
@@ -16,10 +17,10 @@ from ignite.engine import Events
 from torch import nn
 
 from benchmarks import faults
-from cifar_ignite import checkpoints, handlers, processes, signals
+from cifar_ignite import checkpoints, handlers, processes, signals, trained
 from cifar_ignite.augment import create_augment
 from cifar_ignite.checkpoints import load_checkpoint
-from cifar_ignite.config import AugmentConfig, InputError
+from cifar_ignite.config import AugmentConfig, InputError, RunFailedError
 from cifar_ignite.data import Images
 from cifar_ignite.engines import create_evaluator, create_forward, weigh
 from cifar_ignite.handlers import attach_metrics
@@ -521,3 +522,23 @@ def test_torchrun_restarts_a_killed_job_which_goes_on_with_its_own_run(tiny_file
     assert_same_training(straight, run_dir)
     assert json.loads((run_dir / "config.json").read_text())["train"]["epochs"] == 3
     assert told.count("test accuracy") == 1
+
+
+def test_what_broke_a_connection_is_told(monkeypatch):
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    told = r"another process .* \(NCCL error: Duplicate GPU detected\)$"
+    with pytest.raises(RunFailedError, match=told), processes.noticing_lost_processes():
+        raise RuntimeError("NCCL error: Duplicate GPU detected\nlong trace")
+
+
+def test_a_process_on_its_own_has_lost_nobody():
+    with pytest.raises(RuntimeError, match="no connection"), processes.noticing_lost_processes():
+        raise RuntimeError("no connection in this word")
+
+
+def test_weights_wait_on_the_cpu_until_a_process_knows_its_gpu(command, tiny_file, tmp_path, monkeypatch):
+    assert command("train", "--config", tiny_file)[0] == 0
+    monkeypatch.setattr(trained, "select_device", lambda name: torch.device("cuda"))
+    loaded = trained.load_trained(None, None)
+    assert loaded.device.type == "cuda"
+    assert all(parameter.device.type == "cpu" for parameter in loaded.model.parameters())

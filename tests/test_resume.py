@@ -1,11 +1,13 @@
 """Whatever happens to a run, resuming it gives bit for bit what an uninterrupted run gives."""
 
+import builtins
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -231,6 +233,33 @@ def test_changes_are_taken_only_when_asked_for(command, tiny_file, tmp_path, mon
     assert newest["trainer"]["epoch_length"] == 2
 
 
+@pytest.mark.parametrize("change", ["optimizer.name=muon", "train.whiten_stem=true"])
+def test_momenta_are_left_behind_if_they_would_be_those_of_other_parameters(command, tiny_file, tmp_path, change):
+    assert command("train", "--config", tiny_file)[0] == 0
+    longer = ["--allow-changes", "--set", "train.epochs=3", "--set", change]
+    status, out, err = command("train", "--config", tiny_file, "--resume", "latest", *longer)
+    assert status == 0, err
+    assert f"momenta begin at zero, because of another {change.partition('=')[0]}" in out
+    assert len(pd.read_csv(the_run(tmp_path) / "logs" / "metrics.csv")) == 3
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoints"])
+def test_a_relative_path_means_the_same_run(command, tiny_file, tmp_path, monkeypatch, straight, inside):
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGINT)
+        command("train", "--config", tiny_file, *overrides())
+    folder = the_run(tmp_path)
+    before = snapshot(tmp_path).keys()
+    monkeypatch.chdir(folder / inside)
+    status, _, err = command(
+        "train", "--config", tiny_file, "--resume", "." if inside == "." else "latest_000000006.pt"
+    )
+    assert status == 0, err
+    assert_same_training(straight, folder)
+    assert all(path.is_relative_to("outputs") for path in map(Path, snapshot(tmp_path).keys() - before))
+    assert (tmp_path / "outputs" / "best_models" / "tiny_best.pth").exists()
+
+
 def test_latest_is_the_newest_run_even_if_it_saved_nothing_yet(command, tiny_file, tmp_path, monkeypatch):
     command("train", "--config", tiny_file)
     older = the_run(tmp_path)
@@ -362,6 +391,70 @@ def test_logs_that_cannot_be_written_warn_once_and_the_training_goes_on(
     states = [max((run / "checkpoints").glob("latest_*.pt")) for run in (straight, run_dir)]
     one, other = (load_checkpoint(path) for path in states)
     assert faults.compare(one["model"], other["model"], "") == []
+
+
+def test_a_matplotlib_that_cannot_be_imported(command, tiny_file, monkeypatch):
+    """It wants to write into a home folder, say."""
+    original = builtins.__import__
+
+    def refuse(name, *arguments):
+        if name == "cifar_ignite.figures":
+            raise PermissionError(13, "Permission denied")
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    status, out, _ = command("train", "--config", tiny_file, "--set", "train.checkpoint_every=1")
+    assert status == 0
+    assert out.count("cannot write figures") == 1
+
+
+def test_the_best_model_of_the_last_epoch_is_not_lost_silently(command, tiny_file, tmp_path, monkeypatch):
+    """The run ends with status 1, and continuing it saves the model."""
+    judged = handlers.attach_history
+
+    def attach(trainer, evaluator, optimizer, record, *rest):
+        judged(trainer, evaluator, optimizer, record, *rest)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: record.history[-1].update(val_acc=record.epoch / 10))
+
+    monkeypatch.setattr(handlers, "attach_history", attach)
+    save = checkpoints.torch.save
+
+    def fail(state, file, *rest):
+        if "best_epoch_0002" in str(getattr(file, "name", file)):
+            raise OSError(28, "No space left on device")
+        save(state, file, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.torch, "save", fail)
+        status, _, err = command("train", "--config", tiny_file, "--set", "train.epochs=2")
+    assert status == 1
+    assert "cannot write a checkpoint" in err
+    assert command("train", "--config", tiny_file, "--resume", "latest")[0] == 0
+    published = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")["record"]
+    assert published.epoch == 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_one_line_that_says_what_to_do(command, tiny_file, tmp_path, monkeypatch, error):
+    original = handlers.attach_stop
+
+    def attach(trainer, evaluator, flag, every):
+        def fail(engine):
+            raise error
+
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=6), fail)
+        original(trainer, evaluator, flag, every)
+
+    monkeypatch.setattr(handlers, "attach_stop", attach)
+    status, _, err = command("train", "--config", tiny_file)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "out of memory" in err
+    assert "take a smaller data.batch_size" in err
+    assert "newest state before it: " in err
+    assert "latest_000000004.pt" in err
 
 
 def test_figures_in_a_folder_that_became_a_file(command, tiny_file, tmp_path, monkeypatch):
