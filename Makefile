@@ -38,25 +38,25 @@ launch = $(if $(value NPROC),$(torchrun),$(run))
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
 
-demo: $(environment) ## Set up, train and evaluate on the embedded data: no download, a few minutes
+demo: $(environment) ## Set up, train and evaluate on the embedded data: no download, a few minutes: EPOCHS= SEED=
 	$(run) -m cifar_ignite train --config configs/demo.json$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
 	$(run) -m cifar_ignite evaluate --model demo$(overrides)
 
-train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE= EPOCHS= SEED= RESUME=latest|PATH NPROC=
+train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE=fast|best EPOCHS= SEED= RESUME=latest|PATH NPROC=
 	$(launch) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
 # Which trained model a target takes: MODEL= and RECIPE= name an experiment, CHECKPOINT= a file; else the newest best one.
 trained = $(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)
 tta = $(if $(value TTA), --tta '$(call escape,$(patsubst 1,flip,$(value TTA)))')
 
-evaluate: $(environment) ## Predict the test set: MODEL= or CHECKPOINT= (default: the newest best model) TEST_FILE= TTA=1|shift NPROC=
+evaluate: $(environment) ## Predict the test set: MODEL= RECIPE= or CHECKPOINT= (default: the newest best model) TEST_FILE= TTA=1|shift NPROC=
 	$(launch) -m cifar_ignite evaluate$(trained)$(call option,TEST_FILE,test-file)$(tta)$(overrides)
 
-predict: $(environment) ## Say what is in your own pictures: IMAGES=file or folder, MODEL= or CHECKPOINT=, TTA=1|shift
+predict: $(environment) ## Say what is in your own pictures: IMAGES=file or folder, MODEL= RECIPE= or CHECKPOINT=, TTA=1|shift
 	@$(if $(value IMAGES),:,echo "name a picture or a folder of pictures: make predict IMAGES=path" >&2; exit 2)
 	$(run) -m cifar_ignite predict$(trained)$(tta)$(overrides) -- '$(call escape,$(value IMAGES))'
 
-export: $(environment) ## Write a model for use elsewhere (torch.export; ONNX with the extra onnx): MODEL= or CHECKPOINT=
+export: $(environment) ## Write a model for use elsewhere (torch.export; ONNX with the extra onnx): MODEL= RECIPE= or CHECKPOINT=
 	$(run) -m cifar_ignite export$(trained)$(overrides)
 
 compare: $(environment) ## A table and a picture of all runs
@@ -75,7 +75,7 @@ models: $(environment) ## List the models with their parameters and multiply-add
 schema: $(environment) ## Write configs/schema.json anew, after a change of config.py
 	$(run) -m cifar_ignite schema > configs/.schema && mv configs/.schema configs/schema.json
 
-bench: $(environment) ## Measure images a second against the limit and a tutorial's loop: MODEL= SET= OUT=file
+bench: $(environment) ## Measure images a second against the limit and a tutorial's loop: MODEL= RECIPE= OUT=file
 	$(run) -m benchmarks.throughput --config 'configs/$(call escape,$(recipe)).json'$(overrides)$(call option,OUT,out)
 
 accuracy: $(environment) ## Test accuracy over seeds, all images: MODEL=se RECIPE=fast SEEDS=5 EPOCHS= OUT=file

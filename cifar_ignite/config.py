@@ -241,7 +241,8 @@ class TrainConfig(Section):
     patience: Count | None = 50
     """epochs without a better validation accuracy before stopping; null is off"""
     log_every: Count = 20
-    """iterations between updates of the progress bar"""
+    """iterations between updates of the progress bar; on a GPU also between looks at the gradient, and, with several
+    processes, at signals and the clock"""
 
 
 class Config(Section):
