@@ -239,6 +239,7 @@ def peer_loader(setup: Setup, images: Images, workers: int) -> Iterator[Any]:
         drop_last=True,
         pin_memory=setup.device.type == "cuda",
         persistent_workers=workers > 0,
+        prefetch_factor=1 if workers else None,
     )
     while True:
         yield from loader
@@ -251,10 +252,10 @@ def peer_turn(setup: Setup, images: Images, iterations: int) -> Turn:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
-    workers = os.cpu_count() or 1
+    workers = min(16, os.cpu_count() or 1)
     batches = peer_loader(setup, images, workers)
-    # Between two turns the workers have made two batches each, in time that is not measured: those are to be few.
-    iterations = max(iterations, 10 * 2 * workers)
+    # Between two turns each worker has made a batch, in time that is not measured: those are to be few.
+    iterations = max(iterations, 10 * workers)
 
     def turn() -> int:
         running_loss = 0.0

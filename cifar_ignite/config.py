@@ -53,8 +53,10 @@ def telling_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]  # that of a GPU is torch.OutOfMemoryError
-        if not isinstance(error, MemoryError) and "OutOfMemory" not in reason and "CPUAllocator" not in reason:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+        # What torch, its allocator for CPUs, CUDA, and cuDNN or cuBLAS say.
+        words = "OutOfMemory", "CPUAllocator", "out of memory", "ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not any(word in reason for word in words):
             raise
         raise RunFailedError(
             f"out of memory ({reason}); take a smaller data.batch_size or model.width, or end what else uses it"

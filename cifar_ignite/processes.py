@@ -26,7 +26,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_ignite.config import InputError, RunFailedError
+from cifar_ignite.config import InputError, RunFailedError, telling_of_memory
 from cifar_ignite.data import Images
 from cifar_ignite.engines import Forward
 from cifar_ignite.launch import Launch, read_launch
@@ -74,7 +74,7 @@ def joined(device: torch.device) -> Iterator[Launch | None]:
     _join(device, launch)
     store = _get_default_store()
     try:
-        with noticing_lost_processes():
+        with noticing_lost_processes(), telling_of_memory():
             _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
             try:
                 yield launch
@@ -142,7 +142,7 @@ def noticing_lost_processes() -> Iterator[None]:
         is_lost = isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words or "connection" in words
         if idist.get_world_size() == 1 or not is_lost:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         lost = RunFailedError(f"another process of this run has ended, or its machine is out of reach ({reason})")
         lost.is_lost = True
         raise lost from None

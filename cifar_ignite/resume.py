@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from ignite.metrics import Metric
@@ -117,13 +118,16 @@ class Resumed:
         saved = {"ema": self.saved["model"], **self.saved, "record": self.saved["record"].state_dict()}
         saved["trainer"] = saved["trainer"] | {"max_epochs": self.config.train.epochs}
         groups = state["optimizer"].state_dict()["param_groups"]
-        momenta = saved["optimizer"]["state"]
+        at_zero = state["optimizer"].state_dict()["state"]
+        momenta = at_zero | saved["optimizer"]["state"]  # without momentum so far, there are none in it
         if reordered := sorted(REORDERING & self.changed.keys()):
-            momenta = state["optimizer"].state_dict()["state"]
+            momenta = at_zero
             logger.info("momenta begin at zero, because of another %s", " and ".join(reordered))
         saved["optimizer"] = {"state": momenta, "param_groups": groups}
         try:
             Checkpoint.load_objects({key: thing for key, thing in state.items() if key in saved}, saved)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{self.path}: does not fit the configured run: {reason}") from None

@@ -77,11 +77,16 @@ def train(
     if launch and launch.restarts and (known := processes.remembered_run()):
         logger.info("started anew by torchrun (%d): going on with %s", launch.restarts, known)
         resume = known
-    resumed = find_resumed(config, resume, overrides, allow_changes) if resume else None
-    if resumed:
-        config = resumed.config
+    resumed, refused = None, None
+    try:
+        resumed = find_resumed(config, resume, overrides, allow_changes) if resume else None
+    except InputError as error:
+        refused = error
+    config = resumed.config if resumed else config
     device = select_device(config.device)
     with processes.joined(device):
+        if refused:  # only now, so that the other processes need not wait for this one
+            raise refused
         if resumed and resumed.is_finished:
             logger.info("already complete after epoch %d: nothing to do for %s", resumed.epoch, resumed.path)
             return resumed.run_dir or config.output_dir

@@ -17,7 +17,7 @@ from ignite.engine import Events
 from torch import nn
 
 from benchmarks import faults
-from cifar_ignite import checkpoints, handlers, processes, signals, trained
+from cifar_ignite import checkpoints, handlers, processes, signals, train, trained
 from cifar_ignite.augment import create_augment
 from cifar_ignite.checkpoints import load_checkpoint
 from cifar_ignite.config import AugmentConfig, InputError, RunFailedError
@@ -376,6 +376,30 @@ def test_bad_input_is_told_once(job, tiny_file, tmp_path, monkeypatch, changes, 
     assert log.count("cifar_ignite: ") == 1, log
     assert message in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "status", "message"),
+    [
+        ("create_loaders", MemoryError(), 1, "out of memory (MemoryError)"),
+        ("find_resumed", InputError("latest.pt: damaged"), 2, "latest.pt: damaged"),
+    ],
+)
+def test_what_one_process_alone_cannot_do_ends_all_and_is_told(
+    job, tiny_file, monkeypatch, part, error, status, message
+):
+    original = getattr(train, part)
+
+    def fail(*arguments):
+        if os.environ["RANK"] == "1":
+            raise error
+        return original(*arguments) if part == "create_loaders" else None
+
+    monkeypatch.setattr(train, part, fail)
+    statuses, log = job([*arguments(tiny_file), "--resume", "latest"] if status == 2 else arguments(tiny_file))
+    assert statuses == [1, status], log
+    assert log.count("cifar_ignite: ") == 1, log
+    assert message in log
 
 
 def _no_network(*_, **__):

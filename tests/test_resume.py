@@ -435,7 +435,12 @@ def test_the_best_model_of_the_last_epoch_is_not_lost_silently(command, tiny_fil
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_do(command, tiny_file, tmp_path, monkeypatch, error):
     original = handlers.attach_stop
