@@ -18,10 +18,6 @@ run := .venv/bin/python
 environment := .venv/.stamp
 endif
 
-# On a CPU, glibc would give the memory of activations back after each iteration, and get it again page by page: keep up to
-# 8 GiB, in huge pages (benchmarks/RESULTS.md). Elsewhere, and by what else reads it, this is ignored.
-export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=8589934592:glibc.malloc.hugetlb=1
-
 # What a person typed, as one word of the shell, whatever is in it. The spaces before -- are part of the words.
 escape = $(subst ','\'',$1)
 option = $(if $(value $1), --$2 '$(call escape,$(value $1))')
