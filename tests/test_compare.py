@@ -103,7 +103,7 @@ def test_what_is_wrong_is_named_with_its_remedy(command, cifar_root, tmp_path, m
     assert err == "cifar_ignite: 3 of 8 things are wrong, see above\n"
     found = lines(out)
     for what, state, told in (
-        ("torch", "wrong", "are no pair: it wants torch>="),
+        ("torch", "wrong", "are no pair: it wants torch"),
         ("torch", "wrong", "pip install --force-reinstall torch torchvision"),
         ("packages", "wrong", "no_such_module: No module named 'no_such_module'; pip install -e ."),
         ("onnx", "note", "no_such_package not installed; if you want it: pip install -e '.[onnx]'"),
