@@ -1,4 +1,4 @@
-"""All runs of an output folder side by side."""
+"""The compare command: all runs below an output directory, side by side."""
 
 import json
 import logging
@@ -9,78 +9,88 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cifar_ignite.config import InputError, load_config, parse_config
-from cifar_ignite.data import NUM_CLASSES
-from cifar_ignite.figures import draw_comparison
+from cifar_ignite.config import Config
+from cifar_ignite.config_io import load_config, parse_config
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
+from cifar_ignite.errors import InputError
+from cifar_ignite.files import modification_key, translate_write_errors
 from cifar_ignite.models import create_model
+from cifar_ignite.plots import plot_comparison
 
 logger = logging.getLogger(__name__)
 
 
 def compare(overrides: Sequence[str] = ()) -> Path:
-    """Show a table of all runs, oldest first, and write it as comparison.csv and comparison.png.
+    """Log a table of all runs, in order of their names, and write it as comparison.csv and comparison.png.
 
     Args:
-        overrides: `output_dir=folder`, if it is not "outputs".
+        overrides: Strings `section.key=value`; `output_dir` is used.
 
     Returns:
-        comparison.csv, in the output folder: run, experiment, model, parameters, epochs (done), planned, best_val_acc
-        and test_acc and test_acc_tta (in [0, 1]; of the newest evaluation; empty where there is none), and
-        images_per_second (median of the epochs).
+        comparison.csv in the output directory, with the columns run, experiment, model, parameters, epochs (completed),
+        planned, best_val_acc, test_acc and test_acc_tta (in [0, 1], of the latest evaluation; empty if there is none),
+        and images_per_second (median over the epochs).
 
     Raises:
-        InputError: there is no run.
+        InputError: If there is no run, or a file cannot be written.
     """
     output_dir = parse_config({}, "--set", overrides).output_dir
-    histories: dict[str, pd.DataFrame] = {}
-    rows = []
-    evaluated = newest_evaluations(output_dir / "evaluations")
-    for run_dir in sorted((output_dir / "training_runs").glob("*/")):
-        try:
-            history = read_history(run_dir)
-            rows.append(describe_run(run_dir, history, evaluated.get(run_dir.name, {})))
-            histories[run_dir.name] = history
-        except InputError as error:
-            logger.warning("left out: %s", error)
-    if not rows:
+    table, histories = load_runs(output_dir)
+    if table.empty:
         raise InputError(f"{output_dir / 'training_runs'}: no runs to compare; train one first: make train MODEL=se")
-    table = pd.DataFrame(rows)
-    logger.info("%s\n", format_runs(table).to_string(index=False))
-    try:
+    logger.info("%s\n", format_comparison(table).to_string(index=False))
+    with translate_write_errors(output_dir):
         table.to_csv(output_dir / "comparison.csv", index=False)
-        draw_comparison(table, histories, output_dir / "comparison.png")
-    except OSError as error:
-        raise InputError(f"output_dir: cannot write into {output_dir}: {error.strerror}") from None
+        plot_comparison(table, histories, output_dir / "comparison.png")
     logger.info("comparison  %s, %s", output_dir / "comparison.csv", output_dir / "comparison.png")
     return output_dir / "comparison.csv"
 
 
-def read_history(run_dir: Path) -> pd.DataFrame:
-    """metrics.csv of a run.
+def load_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Return the rows of comparison.csv, and metrics.csv by name of the run; log a warning for each run skipped."""
+    histories: dict[str, pd.DataFrame] = {}
+    rows = []
+    evaluations = load_latest_evaluations(output_dir / "evaluations")
+    for run_dir in sorted((output_dir / "training_runs").glob("*/")):
+        try:
+            history = load_history(run_dir)
+            rows.append(summarize_run(run_dir, history, evaluations.get(run_dir.name, {})))
+            histories[run_dir.name] = history
+        except InputError as error:
+            logger.warning("skipped: %s", error)
+    return pd.DataFrame(rows), histories
+
+
+def load_history(run_dir: Path) -> pd.DataFrame:
+    """Load metrics.csv of a run.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: If it is missing or damaged.
     """
     path = run_dir / "logs" / "metrics.csv"
     try:
         history = pd.read_csv(path)
         return history.astype({"epoch": int, "val_acc": float, "train_acc": float, "images_per_second": float})
     except OSError:
-        raise InputError(f"{run_dir.name}: no epoch is complete (no logs/metrics.csv)") from None
+        raise InputError(f"{run_dir.name}: no completed epoch (no logs/metrics.csv)") from None
     except (ValueError, KeyError):
         raise InputError(f"{path}: not the metrics of a run") from None
 
 
-def describe_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """A row of comparison.csv."""
+def summarize_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of comparison.csv for a run.
+
+    Args:
+        run_dir: Directory of the run.
+        history: Its metrics.csv.
+        evaluation: metrics.json of its latest evaluation; empty if there is none.
+    """
     config = load_config(run_dir / "config.json")
-    with torch.device("meta"):  # shapes only: nothing is allocated
-        model = create_model(num_classes=NUM_CLASSES, **config.model.model_dump())
     return {
         "run": run_dir.name,
         "experiment": config.experiment,
         "model": config.model.name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(config),
         "epochs": int(history["epoch"].max()),
         "planned": config.train.epochs,
         "best_val_acc": history["val_acc"].max(),
@@ -90,26 +100,32 @@ def describe_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, Any
     }
 
 
-def newest_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
-    """By the name of the run: metrics.json of the newest evaluation of it in which labels were known."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*/metrics.json"), key=lambda path: path.stat().st_mtime_ns):
+def count_parameters(config: Config) -> int:
+    """Return the number of parameters of the configured model with ten classes, as every dataset has."""
+    with torch.device("meta"):  # shapes only, without memory
+        model = create_model(num_classes=len(CIFAR10_CLASSES), **config.model.model_dump())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_latest_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return metrics.json of each run's latest evaluation with labels, by name of the run."""
+    latest: dict[str, dict[str, Any]] = {}
+    for path in sorted(directory.glob("*/metrics.json"), key=modification_key):
         try:
             metrics = json.loads(path.read_text())
             if "accuracy" in metrics:
-                found[metrics["run"]] = metrics
+                latest[metrics["run"]] = metrics
         except (ValueError, KeyError, TypeError):
-            logger.warning("left out: %s: not the metrics of an evaluation", path)
-    return found
+            logger.warning("skipped: %s: not the metrics of an evaluation", path)
+    return latest
 
 
-def format_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """comparison.csv as people read it."""
-    columns = {"best_val_acc": "best validation", "test_acc": "test", "test_acc_tta": "with TTA"}
-    shown = table[["run", "experiment", "model"]].copy()
-    shown["parameters"] = table["parameters"].map("{:,}".format)
-    shown["epochs"] = [f"{done}/{planned}" for done, planned in zip(table["epochs"], table["planned"], strict=True)]
-    for name, heading in columns.items():
-        shown[heading] = ["–" if pd.isna(value) else f"{value:.2%}" for value in table[name]]
-    shown["images/s"] = table["images_per_second"].map("{:,.0f}".format)
-    return shown
+def format_comparison(table: pd.DataFrame) -> pd.DataFrame:
+    """Return comparison.csv as text: headings in words, percentages, "–" for missing values."""
+    formatted = table[["run", "experiment", "model"]].copy()
+    formatted["parameters"] = table["parameters"].map("{:,}".format)
+    formatted["epochs"] = [f"{done}/{planned}" for done, planned in zip(table["epochs"], table["planned"], strict=True)]
+    for name, heading in {"best_val_acc": "best validation", "test_acc": "test", "test_acc_tta": "test, TTA"}.items():
+        formatted[heading] = ["–" if pd.isna(value) else f"{value:.2%}" for value in table[name]]
+    formatted["images/s"] = table["images_per_second"].map("{:,.0f}".format)
+    return formatted

@@ -1,9 +1,8 @@
-"""Whether all is there that training needs: a line each, with the remedy where something is wrong.
+"""The doctor command: one line per requirement of training, with the fix where one is not met.
 
-Imports nothing that may be broken before it is asked for: this is what people run when nothing else does.
+Imports no library that may be broken before its check: this command has to work when others do not.
 """
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,167 +11,169 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from packaging.requirements import Requirement
 
-from cifar_ignite.config import Config, RunFailedError, parse_config
+from cifar_ignite.config import Config
+from cifar_ignite.config_io import parse_config
+from cifar_ignite.errors import TrainingError, first_line
 
 PACKAGES = ("ignite", "numpy", "pandas", "matplotlib", "tensorboardX", "tqdm", "pydantic", "jinja2", "PIL")
 EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tensorboard": ("tensorboard",)}
-# States are 34 MB each with averaged weights: one every ten epochs, the newest two, the best model and its copy.
-NEEDED_GB = 2.0
+# A full checkpoint with EMA weights is 34 MB: one every ten epochs, the latest two, the best model and its copy.
+REQUIRED_GB = 2.0
+REINSTALL_HINT = "install both with one command from one index: pip install --force-reinstall torch torchvision"
+EARLIER_ERRORS_HINT = "fix the errors above first"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line.
+class CheckResult:
+    """Result of one check.
 
     Attributes:
-        what: was looked at.
-        state: "ok"; "note", worth knowing, nothing is broken; "wrong", training will fail.
-        told: what was found.
-        remedy: what to do about it, if there is something to do.
+        name: Name of the requirement.
+        status: "ok"; "warning" if training works nevertheless; "error" if it will fail.
+        message: What was found.
+        hint: How to fix it; empty if there is nothing to fix.
     """
 
-    what: str
-    state: str
-    told: str
-    remedy: str = ""
+    name: str
+    status: str
+    message: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:<5}  {self.what:<11}  {self.told}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"{self.status:<7}  {self.name:<11}  {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
-def diagnose(overrides: Sequence[str] = ()) -> None:
-    """Print a line for each thing that was looked at.
+def run_checks(overrides: Sequence[str] = ()) -> None:
+    """Run all checks and print one line for each.
 
     Args:
-        overrides: `section.key=value`, such as data.root and output_dir.
+        overrides: Strings `section.key=value`; `data.root` and `output_dir` are used.
 
     Raises:
-        RunFailedError: something is wrong that training would fail of.
+        TrainingError: If a check failed with status "error".
     """
     config = parse_config({}, "--set", overrides)
-    checks: list[Callable[[], Finding]] = [
+    checks: list[Callable[[], CheckResult]] = [
         check_python,
-        check_pair,
+        check_torch_and_torchvision,
         check_packages,
-        *(lambda name=name: check_extra(name) for name in EXTRAS),  # type: ignore[misc]
+        *(partial(check_extra, name) for name in EXTRAS),
         check_device,
-        lambda: check_data(config),
-        lambda: check_disk(config),
+        partial(check_dataset, config),
+        partial(check_disk, config),
     ]
-    wrong = 0
+    num_errors = 0
     for check in checks:
-        finding = check()
-        wrong += finding.state == "wrong"
-        print(finding, flush=True)
-    if wrong:
-        raise RunFailedError(f"{wrong} of {len(checks)} things are wrong, see above")
+        result = check()
+        num_errors += result.status == "error"
+        print(result, flush=True)
+    if num_errors:
+        raise TrainingError(f"{num_errors} of {len(checks)} checks failed, see above")
 
 
-def check_python() -> Finding:
-    told = f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.machine()}"
-    return Finding("python", "ok", told)
+# --- Installation -------------------------------------------------------------------------------------------------
 
 
-def check_pair() -> Finding:
-    """torchvision is built against one version of torch and one kind of accelerator."""
-    remedy = "install both by one command from one index: pip install --force-reinstall torch torchvision"
+def check_python() -> CheckResult:
+    message = f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.machine()}"
+    return CheckResult("python", "ok", message)
+
+
+def check_torch_and_torchvision() -> CheckResult:
+    """Check that torchvision is built for the installed torch: for its version and its kind of accelerator."""
     versions = {}
     for name in ("torch", "torchvision"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            return Finding("torch", "wrong", f"{name} is not installed", remedy)
-    told = " and ".join(f"{name} {version}" for name, version in versions.items())
+            return CheckResult("torch", "error", f"{name} is not installed", REINSTALL_HINT)
+    message = " and ".join(f"{name} {version}" for name, version in versions.items())
     for requirement in map(Requirement, importlib.metadata.requires("torchvision") or ()):
         if requirement.name == "torch" and not requirement.specifier.contains(versions["torch"], prereleases=True):
-            return Finding("torch", "wrong", f"{told} are no pair: it wants {requirement}", remedy)
+            message += f" are incompatible (torchvision requires {requirement})"
+            return CheckResult("torch", "error", message, REINSTALL_HINT)
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # a missing operator, a library that does not load
-        return Finding("torch", "wrong", f"{told} do not work together ({_first_line(error)})", remedy)
-    return Finding("torch", "ok", f"{told}, a pair that imports")
+        return CheckResult("torch", "error", f"{message} are incompatible ({first_line(error)})", REINSTALL_HINT)
+    return CheckResult("torch", "ok", message)
 
 
-def check_packages() -> Finding:
+def check_packages() -> CheckResult:
     versions = []
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)
-        except Exception as error:  # not only missing ones: whatever a broken installation raises
-            return Finding("packages", "wrong", f"{name}: {_first_line(error)}", "pip install -e .")
+        except Exception as error:  # a broken installation raises almost anything
+            return CheckResult("packages", "error", f"{name}: {first_line(error)}", "pip install -e .")
         versions.append(f"{name} {module.__version__}")
-    return Finding("packages", "ok", ", ".join(versions))
+    return CheckResult("packages", "ok", ", ".join(versions))
 
 
-def check_extra(name: str) -> Finding:
-    missing = [package for package in EXTRAS[name] if importlib.util.find_spec(package) is None]
-    if missing:
-        return Finding(
-            name, "note", f"{', '.join(missing)} not installed", f"if you want it: pip install -e '.[{name}]'"
-        )
-    return Finding(
-        name, "ok", ", ".join(f"{package} {importlib.metadata.version(package)}" for package in EXTRAS[name])
-    )
+def check_extra(name: str) -> CheckResult:
+    packages = EXTRAS[name]
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        hint = f"optional: pip install -e '.[{name}]'"
+        return CheckResult(name, "warning", f"{', '.join(missing)} not installed", hint)
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return CheckResult(name, "ok", versions)
 
 
-def check_device() -> Finding:
+# --- Machine ------------------------------------------------------------------------------------------------------
+
+
+def check_device() -> CheckResult:
+    """Check which device training would use, and its precision."""
     try:
         import torch
 
-        from cifar_ignite.engines import select_device, select_precision
+        from cifar_ignite.training.device import dtype_name, resolve_amp_dtype, select_device
 
         device = select_device("auto")
-        precision = str(select_precision("auto", device)).removeprefix("torch.")
+        precision = dtype_name(resolve_amp_dtype("auto", device))
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
-            name = torch.cuda.get_device_name()
-            return Finding("device", "ok", f"{name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, {precision}")
-        told = f"CPU, {torch.get_num_threads()} threads, {precision}"
+            memory = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+            return CheckResult("device", "ok", f"{torch.cuda.get_device_name()}, {memory}, {precision}")
+        message = f"CPU, {torch.get_num_threads()} threads, {precision}"
         if torch.version.cuda and shutil.which("nvidia-smi"):
-            return Finding("device", "note", f"{told}; torch finds no GPU", "does nvidia-smi name one and its driver?")
-        return Finding("device", "ok", told)
-    except Exception as error:  # of the pair above, if that is broken
-        return Finding("device", "wrong", f"cannot be used ({_first_line(error)})", "mend the lines above first")
+            hint = "check that nvidia-smi lists one, and its driver version"
+            return CheckResult("device", "warning", f"{message}; torch finds no GPU", hint)
+        return CheckResult("device", "ok", message)
+    except Exception as error:  # caused by an error that an earlier check reported
+        return CheckResult("device", "error", f"not usable ({first_line(error)})", EARLIER_ERRORS_HINT)
 
 
-def check_data(config: Config) -> Finding:
-    """The official files, by their md5 sums."""
+def check_dataset(config: Config) -> CheckResult:
+    """Check the CIFAR-10 files, by their md5 checksums."""
     try:
-        from torchvision.datasets import CIFAR10
+        from cifar_ignite.data.cifar10 import CIFAR10_DIR, mismatched_files, missing_files
     except Exception as error:
-        return Finding("data", "wrong", f"cannot be checked ({_first_line(error)})", "mend the lines above first")
-    folder = config.data.root / CIFAR10.base_folder
-    if not folder.is_dir():
-        remedy = "the first training downloads it, or DATA_DIR= names where it is, or train with DATA=synthetic"
-        return Finding("data", "note", f"no CIFAR-10 at {folder}", remedy)
-    sums = dict(CIFAR10.train_list + CIFAR10.test_list)
-    if missing := [name for name in sums if not (folder / name).is_file()]:
-        remedy = f"remove {folder} to have it downloaded anew"
-        return Finding("data", "wrong", f"{folder} lacks {', '.join(missing)}", remedy)
-    others = [
-        name
-        for name, official in sums.items()
-        if hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest() != official
-    ]
-    if others:
-        remedy = "accuracies are not comparable to published ones"
-        return Finding("data", "note", f"{folder}: not the official files: {', '.join(others)}", remedy)
-    return Finding("data", "ok", f"CIFAR-10 at {folder}, the official files")
+        return CheckResult("data", "error", f"cannot be checked ({first_line(error)})", EARLIER_ERRORS_HINT)
+    directory = config.data.root / CIFAR10_DIR
+    if not directory.is_dir():
+        hint = "downloaded by the first training; or set DATA_DIR=, or train with DATA=synthetic"
+        return CheckResult("data", "warning", f"no CIFAR-10 in {directory}", hint)
+    if missing := missing_files(directory):
+        hint = f"delete {directory} to download it again"
+        return CheckResult("data", "error", f"{directory}: missing files: {', '.join(missing)}", hint)
+    if mismatched := mismatched_files(directory):
+        message = f"{directory}: not the official files: {', '.join(mismatched)}"
+        return CheckResult("data", "warning", message, "accuracies are not comparable to published ones")
+    return CheckResult("data", "ok", f"{directory}: the official CIFAR-10 files")
 
 
-def check_disk(config: Config) -> Finding:
-    place = config.output_dir.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 1e9
-    told = f"{free:.1f} GB free for {config.output_dir}"
-    if free < NEEDED_GB:
-        return Finding("disk", "note", told, f"300 epochs take up to {NEEDED_GB:.0f} GB: make room, or OUTPUT_DIR=")
-    return Finding("disk", "ok", told)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def check_disk(config: Config) -> CheckResult:
+    existing = config.output_dir.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free_gb = shutil.disk_usage(existing).free / 1e9
+    message = f"{free_gb:.1f} GB free for {config.output_dir}"
+    if free_gb < REQUIRED_GB:
+        hint = f"300 epochs need up to {REQUIRED_GB:.0f} GB: free some space, or set OUTPUT_DIR="
+        return CheckResult("disk", "warning", message, hint)
+    return CheckResult("disk", "ok", message)

@@ -1,4 +1,4 @@
-"""A trained network for use elsewhere: as a torch.export program, and as ONNX."""
+"""The export command: a trained model as torch.export and ONNX programs that need nothing of this project."""
 
 import importlib.util
 import logging
@@ -10,24 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cifar_ignite.checkpoints import replacing
-from cifar_ignite.config import InputError, RunFailedError, SyntheticConfig
-from cifar_ignite.data import draw_synthetic
-from cifar_ignite.trained import load_trained
+from cifar_ignite.config import SyntheticConfig
+from cifar_ignite.data.synthetic import make_synthetic
+from cifar_ignite.errors import TrainingError
+from cifar_ignite.evaluation.trained_model import load_trained_model
+from cifar_ignite.files import atomic_write, translate_write_errors
+from cifar_ignite.training.device import dtype_name
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPSET = 18
-TOLERANCE = 1e-4
-CHECKED_BATCHES = (1, 256)
+OPSET_VERSION = 18
+LOGIT_TOLERANCE = 1e-4
+VERIFIED_BATCH_SIZES = (1, 256)
 
-# Writes a program to a path, and returns what somebody who loads the file can call.
-Write = Callable[[ExportedProgram, Path], Callable[[Tensor], Tensor]]
+# Saves a program to a path; returns the saved program, loaded again, as a function from images to logits.
+SaveProgram = Callable[[ExportedProgram, Path], Callable[[Tensor], Tensor]]
 
 logger = logging.getLogger(__name__)
 
 
-class Deployed(nn.Module):
-    """A network with its normalisation: images (N, 3, 32, 32), uint8, or float32 in [0, 1], to logits (N, 10)."""
+class ExportModel(nn.Module):
+    """A model with its normalization.
+
+    Input: images (N, 3, 32, 32), uint8, or float32 in [0, 1]. Output: logits (N, num_classes).
+    """
 
     mean: Tensor
     std: Tensor
@@ -45,97 +50,122 @@ class Deployed(nn.Module):
 
 
 def export(checkpoint: Path | None = None, model_name: str | None = None, overrides: Sequence[str] = ()) -> list[Path]:
-    """Write a trained network as programs that need nothing of this project, and check each against the network.
+    """Export a trained model and verify each exported program against the model.
 
-    A program takes one type of images: so there are two of each kind, `{experiment}_uint8` and `{experiment}_float32`.
-    Both compute in float32, for any number of images.
+    A program accepts a single dtype of images, so there are two of each format, `{experiment}_uint8` and
+    `{experiment}_float32`. Both compute in float32 and accept any batch size.
 
     Args:
-        checkpoint: any checkpoint of this project; None takes the newest best model.
-        model_name: experiment whose newest best model is taken; None takes that of any.
-        overrides: `section.key=value`, applied to the checkpoint's configuration.
+        checkpoint: Any checkpoint of this project; None loads the latest best model.
+        model_name: Experiment whose latest best model is loaded; None allows all experiments.
+        overrides: Strings `section.key=value`, applied to the checkpoint's configuration.
 
     Returns:
-        The files, in `output_dir`/exports: .pt2 for torch.export.load, .onnx if the packages for it are installed.
+        Files in `output_dir`/exports: .pt2 for torch.export.load, and .onnx if the packages for it are installed.
 
     Raises:
-        InputError: the checkpoint is missing or does not fit.
-        RunFailedError: a program and the network differ by more than `TOLERANCE` in a logit; its file is not written.
+        InputError: If the checkpoint is missing or does not match its configuration, or a file cannot be written.
+        TrainingError: If a logit of a program differs by more than `LOGIT_TOLERANCE`; its file is not written.
     """
-    trained = load_trained(checkpoint, model_name, overrides)
-    config, folder = trained.config, trained.config.output_dir / "exports"
-    model = trained.model.to(memory_format=torch.contiguous_format).eval()
-    network = Deployed(model, config.augment.mean, config.augment.std).eval()
-    logger.info("%s from %s, epoch %d", config.model.name, trained.path, trained.record.epoch)
+    trained = load_trained_model(checkpoint, model_name, overrides)
+    config, directory = trained.config, trained.config.output_dir / "exports"
+    contiguous = trained.model.to(memory_format=torch.contiguous_format).eval()
+    model = ExportModel(contiguous, config.augment.mean, config.augment.std).eval()
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    kinds: dict[str, Write] = {".pt2": write_torch} if missing else {".pt2": write_torch, ".onnx": write_onnx}
-    files = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for dtype in (torch.uint8, torch.float32):
-            images = example_images(max(CHECKED_BATCHES), dtype)
-            program = capture(network, images)
-            for ending, write in kinds.items():
-                name = f"{config.experiment}_{str(dtype).removeprefix('torch.')}{ending}"
-                write_checked(write, program, network, images, folder / name)
-                files.append(folder / name)
-    except OSError as error:
-        raise InputError(f"output_dir: cannot write into {folder}: {error.strerror}") from None
+    formats: dict[str, SaveProgram] = {".pt2": save_pt2} if missing else {".pt2": save_pt2, ".onnx": save_onnx}
+    with translate_write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        files = [
+            file
+            for dtype in (torch.uint8, torch.float32)
+            for file in export_dtype(model, dtype, directory / config.experiment, formats)
+        ]
     if missing:
         logger.info("no ONNX: %s not installed; pip install -e '.[onnx]'", ", ".join(missing))
-    logger.info("input: images (N, 3, 32, 32), uint8, or float32 in [0, 1]; output: logits (N, 10)")
-    logger.info("classes in order: %s", ", ".join(trained.record.class_names))
+    class_names = trained.record.class_names
+    logger.info("input: images (N, 3, 32, 32), uint8, or float32 in [0, 1]; output: logits (N, %d)", len(class_names))
+    logger.info("class names: %s", ", ".join(class_names))
     return files
 
 
-def write_checked(write: Write, program: ExportedProgram, network: nn.Module, images: Tensor, path: Path) -> None:
-    """Write a program, read it back, and tell how far its logits are from the network's; too far, and it is gone."""
-    with replacing(path) as temporary:
-        differences = compare_logits(network, write(program, temporary), images)
-        if not max(differences) <= TOLERANCE:
-            raise RunFailedError(f"{path.name}: its logits differ by {max(differences):.2g} from the model's")
-    told = ", ".join(f"{value:.1e} (N={size})" for value, size in zip(differences, CHECKED_BATCHES, strict=True))
-    logger.info("%s  %.1f MB  greatest difference to the model %s", path, path.stat().st_size / 1e6, told)
+def export_dtype(model: ExportModel, dtype: torch.dtype, prefix: Path, formats: dict[str, SaveProgram]) -> list[Path]:
+    """Export a model for images of one dtype, in several formats.
+
+    Args:
+        model: Model in eval mode, on the CPU.
+        dtype: uint8 or float32.
+        prefix: Path of the files without "_{dtype}{extension}".
+        formats: Function that saves a program, by file extension.
+    """
+    images = example_images(max(VERIFIED_BATCH_SIZES), dtype)
+    program = export_program(model, images)
+    files = []
+    for extension, save in formats.items():
+        files.append(prefix.with_name(f"{prefix.name}_{dtype_name(dtype)}{extension}"))
+        export_and_verify(save, program, model, images, files[-1])
+    return files
+
+
+def export_and_verify(
+    save: SaveProgram, program: ExportedProgram, model: nn.Module, images: Tensor, path: Path
+) -> None:
+    """Save a program, load it again, and compare its logits with those of the model.
+
+    Raises:
+        TrainingError: If they differ by more than `LOGIT_TOLERANCE`; `path` is not written.
+    """
+    with atomic_write(path) as temp_path:
+        loaded = save(program, temp_path)
+        diffs = [max_logit_diff(model, loaded, images, batch_size) for batch_size in VERIFIED_BATCH_SIZES]
+        if not max(diffs) <= LOGIT_TOLERANCE:
+            raise TrainingError(f"{path.name}: logits differ by {max(diffs):.2g} from the model's")
+    by_batch_size = ", ".join(
+        f"{diff:.1e} (N={batch_size})" for diff, batch_size in zip(diffs, VERIFIED_BATCH_SIZES, strict=True)
+    )
+    logger.info("%s  %.1f MB  largest logit difference %s", path, path.stat().st_size / 1e6, by_batch_size)
+
+
+@torch.inference_mode()
+def max_logit_diff(model: nn.Module, program: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> float:
+    """Return the largest absolute difference of a logit over up to 16 batches of one size."""
+    batches = images[: 16 * batch_size].split(batch_size)
+    return max((model(batch) - program(batch)).abs().max().item() for batch in batches)
 
 
 def example_images(count: int, dtype: torch.dtype) -> Tensor:
-    """Images of the embedded dataset: (count, 3, 32, 32), uint8, or float32 in [0, 1]."""
-    images = draw_synthetic(SyntheticConfig(test_size=count), train=False).images
+    """Return images of the synthetic dataset: (count, 3, 32, 32), uint8, or float32 in [0, 1]."""
+    images = make_synthetic(SyntheticConfig(test_size=count), train=False).images
     return images if dtype == torch.uint8 else images.float() / 255
 
 
-def capture(network: nn.Module, images: Tensor) -> ExportedProgram:
-    """torch.export for batches of any size."""
-    return torch.export.export(network, (images[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
+def export_program(model: nn.Module, images: Tensor) -> ExportedProgram:
+    """Export a model with torch.export for batches of any size."""
+    return torch.export.export(model, (images[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
 
 
-def write_torch(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
-    """A .pt2, of torch.export."""
+def save_pt2(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Save a program as .pt2 and load it again."""
     with path.open("wb") as file:
         torch.export.save(program, file)  # type: ignore[arg-type]
     with path.open("rb") as file:
         return torch.export.load(file).module()  # type: ignore[arg-type]
 
 
-def write_onnx(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
-    """An .onnx, with input "images" and output "logits"."""
+def save_onnx(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Save a program as .onnx, with input "images" and output "logits", and load it with onnxruntime."""
     import onnxruntime
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations within the exporter, which are not ours to mend
-        converted = torch.onnx.export(
-            program, input_names=["images"], output_names=["logits"], opset_version=OPSET, dynamo=True, verbose=False
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=OPSET_VERSION,
+            dynamo=True,
+            verbose=False,
         )
-    assert converted is not None, "the dynamo exporter returns a program"
-    converted.save(path, external_data=False)
+    assert onnx_program is not None, "the dynamo exporter returns a program"
+    onnx_program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-@torch.inference_mode()
-def compare_logits(network: nn.Module, program: Callable[[Tensor], Tensor], images: Tensor) -> list[float]:
-    """Greatest absolute difference between logits, for batches of each of the sizes in `CHECKED_BATCHES`."""
-    return [
-        max((network(batch) - program(batch)).abs().max().item() for batch in images[: 16 * size].split(size))
-        for size in CHECKED_BATCHES
-    ]

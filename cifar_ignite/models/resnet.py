@@ -1,43 +1,64 @@
-"""Residual networks for 32x32 images: one class, its variants as data.
+"""Residual networks for 32x32 images: one class whose variants differ in their options.
 
 Deep Residual Learning (He et al., 2015, arXiv:1512.03385), Squeeze-and-Excitation (Hu et al., 2017, arXiv:1709.01507),
 Stochastic Depth (Huang et al., 2016, arXiv:1603.09382).
 """
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation, StochasticDepth
+from typing_extensions import TypedDict, Unpack
 
 from cifar_ignite.models.registry import register_model
 
-BLOCKS = (2, 2, 2, 2)
+BLOCKS_PER_STAGE = (2, 2, 2, 2)
+
+
+class ResNetOptions(TypedDict, total=False):
+    """Options that all registered ResNets have; see `ResNetConfig` for their meaning and defaults."""
+
+    width: int
+    dropout: float
+    zero_init_residual: bool
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Options of a ResNet.
+
+    Attributes:
+        width: Channels of the stem and the first stage; each later stage doubles them.
+        dropout: Dropout probability before the head's linear layer.
+        zero_init_residual: Whether the last BatchNorm weight of each residual branch starts at zero, so that blocks
+            start as their shortcuts (Goyal et al., 2017, arXiv:1706.02677, section 5.1).
+        se_reduction: Squeeze-and-Excitation reduction of the channels; None leaves Squeeze-and-Excitation out.
+        drop_path_rate: Drop probability of the last block; the probability rises linearly with depth.
+    """
+
+    width: int = 32
+    dropout: float = 0.3
+    zero_init_residual: bool = False
+    se_reduction: int | None = None
+    drop_path_rate: float = 0.0
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        stride: int,
-        se_reduction: int | None,
-        drop_prob: float,
-        zero_init: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, *, drop_prob: float, config: ResNetConfig) -> None:
         """
         Args:
-            in_channels: of the input.
-            channels: of the output.
-            stride: of the first convolution.
-            se_reduction: channels are squeezed by this factor; None leaves Squeeze-and-Excitation out.
-            drop_prob: how often training drops the residual branch of an image.
-            zero_init: the residual branch begins as zero: its last BatchNorm's weight does (Goyal et al., 2017,
-                arXiv:1706.02677, section 5.1).
+            in_channels: Channels of the input.
+            channels: Channels of the output.
+            stride: Stride of the first convolution.
+            drop_prob: Probability of dropping the residual branch of an image in training.
+            config: Options of the network.
         """
         super().__init__()
         last_norm = nn.BatchNorm2d(channels)
-        if zero_init:
+        if config.zero_init_residual:
             nn.init.zeros_(last_norm.weight)
         self.residual = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False),
@@ -46,8 +67,8 @@ class BasicBlock(nn.Module):
             nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
             last_norm,
         )
-        if se_reduction:
-            self.residual.append(SqueezeExcitation(channels, max(1, channels // se_reduction)))
+        if config.se_reduction:
+            self.residual.append(SqueezeExcitation(channels, max(1, channels // config.se_reduction)))
         if drop_prob:
             self.residual.append(StochasticDepth(drop_prob, mode="row"))
         self.shortcut = nn.Sequential()
@@ -60,44 +81,23 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, four stages of two blocks, global average pool, dropout, head: (B, 3, 32, 32) to (B, num_classes)."""
+    """Stem, four stages of two blocks, global average pooling, dropout, linear: (B, 3, H, W) to (B, num_classes)."""
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        width: int,
-        dropout: float,
-        zero_init_residual: bool,
-        se_reduction: int | None,
-        drop_path_rate: float,
-    ) -> None:
+    def __init__(self, num_classes: int, config: ResNetConfig) -> None:
         """
         Args:
-            num_classes: logits an image.
-            width: channels of the stem and the first stage; each later stage doubles them.
-            dropout: probability of dropping a feature before the head.
-            zero_init_residual: blocks begin as their shortcuts.
-            se_reduction: of the Squeeze-and-Excitation in each block; None for none.
-            drop_path_rate: drop probability of the last block; it rises linearly with depth, from rate / blocks.
+            num_classes: Number of logits per image.
+            config: Options of the network.
         """
         super().__init__()
+        width = config.width
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
-        drop_probs = iter(drop_path_rate * (depth + 1) / sum(BLOCKS) for depth in range(sum(BLOCKS)))
-        self.stages = nn.Sequential()
-        in_channels = width
-        for stage, blocks in enumerate(BLOCKS):
-            channels = width * 2**stage
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                self.stages.append(
-                    BasicBlock(in_channels, channels, stride, se_reduction, next(drop_probs), zero_init_residual)
-                )
-                in_channels = channels
+        self.stages = _create_stages(config)
+        channels = width * 2 ** (len(BLOCKS_PER_STAGE) - 1)
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(in_channels, num_classes)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(config.dropout), nn.Linear(channels, num_classes)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -107,62 +107,36 @@ class ResNet(nn.Module):
         return self.head(self.stages(self.stem(images)))
 
 
+def _create_stages(config: ResNetConfig) -> nn.Sequential:
+    """Create the blocks of all stages, with drop probabilities from drop_path_rate / depth to drop_path_rate."""
+    depth = sum(BLOCKS_PER_STAGE)
+    blocks = nn.Sequential()
+    in_channels = config.width
+    for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
+        channels = config.width * 2**stage
+        for index in range(num_blocks):
+            stride = 2 if stage > 0 and index == 0 else 1
+            drop_prob = config.drop_path_rate * (len(blocks) + 1) / depth
+            blocks.append(BasicBlock(in_channels, channels, stride, drop_prob=drop_prob, config=config))
+            in_channels = channels
+    return blocks
+
+
 @register_model
-def se_resnet(
-    *,
-    num_classes: int,
-    width: int = 32,
-    dropout: float = 0.3,
-    zero_init_residual: bool = False,
-    se_reduction: int = 16,
-) -> ResNet:
+def se_resnet(*, num_classes: int, se_reduction: int = 16, **options: Unpack[ResNetOptions]) -> ResNet:
     """ResNet with Squeeze-and-Excitation in each block."""
-    return ResNet(
-        num_classes=num_classes,
-        width=width,
-        dropout=dropout,
-        zero_init_residual=zero_init_residual,
-        se_reduction=se_reduction,
-        drop_path_rate=0.0,
-    )
+    return ResNet(num_classes, ResNetConfig(se_reduction=se_reduction, **options))
 
 
 @register_model
-def stochastic_resnet(
-    *,
-    num_classes: int,
-    width: int = 32,
-    dropout: float = 0.3,
-    zero_init_residual: bool = False,
-    drop_path_rate: float = 0.2,
-) -> ResNet:
+def stochastic_resnet(*, num_classes: int, drop_path_rate: float = 0.2, **options: Unpack[ResNetOptions]) -> ResNet:
     """ResNet with stochastic depth."""
-    return ResNet(
-        num_classes=num_classes,
-        width=width,
-        dropout=dropout,
-        zero_init_residual=zero_init_residual,
-        se_reduction=None,
-        drop_path_rate=drop_path_rate,
-    )
+    return ResNet(num_classes, ResNetConfig(drop_path_rate=drop_path_rate, **options))
 
 
 @register_model
 def hybrid_resnet(
-    *,
-    num_classes: int,
-    width: int = 32,
-    dropout: float = 0.3,
-    zero_init_residual: bool = False,
-    se_reduction: int = 16,
-    drop_path_rate: float = 0.2,
+    *, num_classes: int, se_reduction: int = 16, drop_path_rate: float = 0.2, **options: Unpack[ResNetOptions]
 ) -> ResNet:
-    """ResNet with both."""
-    return ResNet(
-        num_classes=num_classes,
-        width=width,
-        dropout=dropout,
-        zero_init_residual=zero_init_residual,
-        se_reduction=se_reduction,
-        drop_path_rate=drop_path_rate,
-    )
+    """ResNet with Squeeze-and-Excitation and stochastic depth."""
+    return ResNet(num_classes, ResNetConfig(se_reduction=se_reduction, drop_path_rate=drop_path_rate, **options))

@@ -1,0 +1,1 @@
+"""Augmentation of batches on their device, with separate random parameters for every image."""

@@ -1,0 +1,1 @@
+"""Checkpoints: writing and reading files, the best model, and resuming a run."""

@@ -1,0 +1,71 @@
+"""Errors that end a command with one line on stderr, and the translation of library errors into them."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class InputError(Exception):
+    """Invalid input: the message is one line that names the thing, what is wrong and the fix.
+
+    Attributes:
+        status: Exit status of the command.
+        should_report: Whether this rank prints the error; None if the ranks have not agreed on one.
+    """
+
+    status = 2
+    should_report: bool | None = None
+
+
+class TrainingError(Exception):
+    """A run that cannot continue although its input was valid, for example because training diverged.
+
+    Attributes:
+        status: Exit status of the command.
+        should_report: Whether this rank prints the error; None if the ranks have not agreed on one.
+        peer_lost: Whether another rank is gone, so that pending collectives may never finish.
+    """
+
+    status = 1
+    should_report: bool | None = None
+    peer_lost = False
+
+
+class NonFiniteError(TrainingError):
+    """The gradient or the validation loss became infinite or NaN."""
+
+
+class TrainingInterrupted(TrainingError):
+    """A signal stopped the run after its state was saved.
+
+    Attributes:
+        status: Exit status of the signal.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextlib.contextmanager
+def translate_oom_errors() -> Iterator[None]:
+    """Translate out-of-memory errors of the host or a GPU into a `TrainingError`.
+
+    Raises:
+        TrainingError: If memory was exhausted inside the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+        # The words of torch, of its CPU allocator, of CUDA, and of cuDNN and cuBLAS.
+        words = "OutOfMemory", "CPUAllocator", "out of memory", "ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not any(word in reason for word in words):
+            raise
+        raise TrainingError(
+            f"out of memory ({reason}); use a smaller data.batch_size or model.width, or free memory used elsewhere"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's message, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Evaluation of a trained model: loading it, inference, metrics, the report."""

@@ -1,0 +1,96 @@
+"""Inference over a dataset, with test-time augmentation (TTA) if requested."""
+
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from ignite.handlers import EpochOutputStore, ProgressBar
+from ignite.metrics import ConfusionMatrix, TopKCategoricalAccuracy
+from ignite.metrics.confusion_matrix import cmPrecision, cmRecall
+from torch import Tensor
+
+from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.loaders import EvalLoader, Shard
+from cifar_ignite.distributed.collectives import gather_outputs
+from cifar_ignite.evaluation.trained_model import TrainedModel
+from cifar_ignite.training.device import enable_deterministic_algorithms, resolve_amp_dtype
+from cifar_ignite.training.engines import create_evaluator
+from cifar_ignite.training.forward import Forward, create_forward
+from cifar_ignite.training.metrics import attach_metrics
+
+
+def create_inference_forward(trained: TrainedModel) -> Forward:
+    """Move a trained model to its device; return its forward pass, which is deterministic on a GPU too."""
+    enable_deterministic_algorithms()
+    model = trained.model.to(trained.device)
+    return create_forward(model, trained.device, resolve_amp_dtype(trained.config.precision, trained.device))
+
+
+def create_tta_forward(forward: Forward, tta: str) -> Forward:
+    """Return a forward pass that averages the logits over several views of each image.
+
+    Args:
+        forward: Forward pass of the model.
+        tta: "flip": The image and its horizontal flip, with equal weights. "shift": These two with half of the weight,
+            and with the other half both of them shifted by one pixel up and left, and down and right, with reflection
+            padding (as in Jordan, 2024, arXiv:2404.00498).
+    """
+
+    def flip(images: Tensor) -> Tensor:
+        return (forward(images) + forward(images.flip(-1))) / 2
+
+    def shift(images: Tensor) -> Tensor:
+        padded = F.pad(images, [1] * 4, mode="reflect")
+        height, width = images.shape[-2:]
+        up_left, down_right = padded[..., 2:, 2:], padded[..., :height, :width]
+        return flip(images) / 2 + (flip(up_left) + flip(down_right)) / 4
+
+    return {"flip": flip, "shift": shift}[tta]
+
+
+def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset) -> tuple[Tensor, dict[str, Any]]:
+    """Predict all images of a dataset, sharded over the ranks.
+
+    Args:
+        trained: Trained model, already on its device.
+        forward: Forward pass through the model.
+        dataset: N images on any device, labeled or unlabeled.
+
+    Returns:
+        Probabilities, float (N, num_classes) on the CPU, of all images on every rank; and the metrics that
+        `compute_metrics` requires, empty without labels.
+    """
+    evaluator = create_evaluator(trained.model, forward)
+    outputs = EpochOutputStore(output_transform=lambda output: output[0])
+    outputs.attach(evaluator, "logits")
+    is_disabled = None if idist.get_rank() == 0 else True  # None: shown on a terminal only
+    ProgressBar(disable=is_disabled, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
+    if dataset.labels is not None:
+        attach_metrics(evaluator, F.cross_entropy, trained.device)
+        _attach_class_metrics(evaluator, len(trained.record.class_names), trained.device)
+    loader = EvalLoader(
+        dataset.to(trained.device),
+        batch_size=trained.config.data.batch_size,
+        augment=trained.config.augment,
+        shard=Shard.current(),
+    )
+    state = evaluator.run(loader)
+    logits = gather_outputs(state.logits, loader.rows(), len(dataset))  # type: ignore[attr-defined]
+    return logits.float().softmax(1).cpu(), state.metrics
+
+
+def _attach_class_metrics(evaluator: Engine, num_classes: int, device: torch.device) -> None:
+    # Ignite's own Precision and Recall fail on the empty batches that a rank may have.
+    confusion = ConfusionMatrix(num_classes, device=device)
+    precision, recall = cmPrecision(confusion, average=False), cmRecall(confusion, average=False)
+    metrics = {
+        "top2_accuracy": TopKCategoricalAccuracy(2, device=device),
+        "confusion": confusion,
+        "precision": precision,
+        "recall": recall,
+        "f1": precision * recall * 2 / (precision + recall + 1e-15),
+    }
+    for name, metric in metrics.items():
+        metric.attach(evaluator, name)

@@ -1,0 +1,167 @@
+"""Figures as PNG files, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+DPI = 110
+TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
+CURVE_LABELS = {
+    "train_loss": "train (augmented images, smoothed targets)",
+    "train_acc": "train (augmented images)",
+    "val_loss": "validation",
+    "val_acc": "validation",
+}
+
+
+def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """Write loss.png, accuracy.png and learning_rate.png into `directory`.
+
+    Args:
+        history: Rows of metrics.csv, one per epoch.
+        directory: Directory of the figures, created if missing.
+    """
+    table = pd.DataFrame(history).astype(float)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, title, columns in (
+        ("loss", "Cross-entropy loss", ["train_loss", "val_loss"]),
+        ("accuracy", "Accuracy", ["train_acc", "val_acc"]),
+        ("learning_rate", "Learning rate", ["lr"]),
+    ):
+        figure, axes = _create_figure(title, "epoch")
+        for column, color in zip(columns, (TRAIN_COLOR, VAL_COLOR), strict=False):
+            if table[column].notna().any():
+                marker = "o" if len(table) < 30 else None
+                axes.plot(table["epoch"], table[column], color=color, marker=marker, label=CURVE_LABELS.get(column))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if name == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if name != "learning_rate":
+            axes.legend()
+        figure.savefig(directory / f"{name}.png")
+
+
+def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+    """Plot counts by true class (row) and predicted class (column), colored by their fraction of the row."""
+    figure, axes = _create_figure("Confusion matrix", "predicted class", size=(7.5, 7))
+    fractions = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        color = "white" if fractions[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+    axes.set_ylabel("true class")
+    axes.set_xticks(range(len(class_names)), list(class_names), rotation=45, ha="right")
+    axes.set_yticks(range(len(class_names)), list(class_names))
+    axes.grid(False)
+    figure.savefig(path)
+
+
+def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
+    """Plot a reliability diagram over a histogram of the confidences (Guo et al., 2017, arXiv:1706.04599).
+
+    Args:
+        bins: Table of `evaluation.metrics.calibration_bins`.
+        error: Expected calibration error in [0, 1].
+        path: PNG file.
+    """
+    figure = Figure(figsize=(6, 6), dpi=DPI, layout="constrained")
+    diagram, histogram = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    width = bins["high"] - bins["low"]
+    bars = {"width": width, "align": "edge", "edgecolor": "white"}
+    diagram.bar(bins["low"], bins["accuracy"].fillna(0), color=TRAIN_COLOR, label="accuracy", **bars)
+    diagram.plot(bins["confidence"], bins["confidence"], color="black", linestyle="--", label="perfect calibration")
+    title = f"Reliability diagram, expected calibration error {error:.2%}"
+    diagram.set(title=title, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    diagram.legend(loc="upper left")
+    histogram.bar(bins["low"], bins["images"] / bins["images"].sum(), color="tab:gray", **bars)
+    histogram.set(xlabel="confidence", ylabel="fraction of images")
+    histogram.xaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (diagram, histogram):
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _style_grid(axes)
+    figure.savefig(path)
+
+
+def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> None:
+    """Plot the most confident errors as a grid of images with predicted and true class.
+
+    Args:
+        errors: N rows of `evaluation.metrics.most_confident_errors`.
+        images: uint8 (N, H, W, 3), in the same order.
+        path: PNG file.
+    """
+    columns = 6
+    rows = max(1, -(-len(errors) // columns))
+    figure = Figure(figsize=(1.75 * columns, 2.15 * rows + 0.5), dpi=DPI, layout="constrained")
+    figure.suptitle("Most confident errors" if len(errors) else "No errors")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, error in zip(grid, images, errors.to_dict("records"), strict=False):
+        axes.imshow(image, interpolation="nearest")
+        title = f"pred {error['predicted']} ({error['confidence']:.1%})\ntrue {error['true']}, ID {error['ID']}"
+        axes.set_title(title, fontsize=8)
+    figure.savefig(path)
+
+
+def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], path: Path) -> None:
+    """Plot validation accuracy by epoch, and the best validation and test accuracy, of several runs.
+
+    Args:
+        table: Rows of comparison.csv, one per run.
+        histories: metrics.csv of each run, by the name of the run.
+        path: PNG file.
+    """
+    height = max(4.5, 1.5 + 0.4 * len(table))
+    figure = Figure(figsize=(13, height), dpi=DPI, layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    colors = [f"C{index % 10}" for index in range(len(table))]
+    _plot_run_curves(curves, [histories[run] for run in table["run"]], colors)
+    _plot_run_bars(bars, table, colors)
+    for axes in (curves, bars):
+        _style_grid(axes)
+    figure.savefig(path)
+
+
+def _plot_run_curves(axes: Axes, histories: Sequence[pd.DataFrame], colors: Sequence[str]) -> None:
+    for history, color in zip(histories, colors, strict=True):
+        # A run without validation images has a training accuracy only.
+        column, style = ("val_acc", "-") if history["val_acc"].notna().any() else ("train_acc", ":")
+        marker = "o" if len(history) == 1 else None
+        axes.plot(history["epoch"], history[column], color=color, linestyle=style, marker=marker)
+    axes.set(title="Validation accuracy (dotted: training accuracy of runs without validation)", xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _plot_run_bars(axes: Axes, table: pd.DataFrame, colors: Sequence[str]) -> None:
+    positions = range(len(table) - 1, -1, -1)  # the first run at the top
+    axes.barh(positions, table["best_val_acc"].fillna(0), color=colors, alpha=0.4)
+    axes.plot(table["test_acc"], positions, "k|", markersize=14, markeredgewidth=2.5)
+    runs = table.to_dict("records")
+    for position, run in zip(positions, runs, strict=True):
+        accuracies = {"val": run["best_val_acc"], "test": run["test_acc"]}
+        text = ", ".join(f"{name} {value:.2%}" for name, value in accuracies.items() if pd.notna(value))
+        axes.text(0.02, position, text, va="center", fontsize=8)
+    axes.set_yticks(list(positions), [f"{run['experiment']}\n{run['run']}" for run in runs], fontsize=7)
+    axes.set(title="Best validation accuracy (bar) and test accuracy (line)", xlim=(0, 1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _create_figure(title: str, xlabel: str, size: tuple[float, float] = (7, 4.5)) -> tuple[Figure, Axes]:
+    # Figure without pyplot: no display, no global state, nothing to close.
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _style_grid(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)

@@ -1,0 +1,58 @@
+"""Device and precision of a run."""
+
+import torch
+
+from cifar_ignite.errors import InputError
+
+
+def select_device(name: str) -> torch.device:
+    """Return the device that `name` ("auto", "cpu" or "cuda") stands for; "auto" is the GPU if there is one.
+
+    Raises:
+        InputError: If "cuda" is requested but not available.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: torch finds no CUDA GPU here; use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def enable_deterministic_algorithms() -> None:
+    """Let cuDNN use deterministic algorithms only, so that a run is reproducible on a GPU."""
+    torch.backends.cudnn.deterministic = True
+
+
+def resolve_amp_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of convolutions and matrix products under autocast.
+
+    "auto" is bfloat16 if the device has instructions for it, otherwise float32. Sums over many values (BatchNorm
+    statistics, the loss, the update) stay in float32.
+    """
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Return whether the CPU has bfloat16 instructions.
+
+    `torch.cpu.get_capabilities` is public, but torch 2.11 lacks it and has only the private functions (checked with
+    2.11 and 2.14).
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_check_interval(device: torch.device, log_every: int) -> int:
+    """Return the iterations between reads of a tensor on the device.
+
+    A GPU runs ahead of the host, and a read makes them wait for each other; on a CPU it costs nothing.
+    """
+    return 1 if device.type == "cpu" else log_every

@@ -1,0 +1,118 @@
+"""The forward pass: autocast, and compilation for training."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cifar_ignite.config import Config
+from cifar_ignite.data.loaders import TrainLoader, shard_slice
+from cifar_ignite.errors import TrainingError, first_line
+
+Forward = Callable[[Tensor], Tensor]
+
+# Iterations of a training on a CPU above which compilation saves time (docs/results/profile.md). "auto" does not
+# compile on a GPU.
+MIN_COMPILED_ITERATIONS = 2_000
+
+logger = logging.getLogger(__name__)
+
+
+def create_forward(
+    model: nn.Module, device: torch.device, amp_dtype: torch.dtype, *, compiled_batch: int = 0
+) -> Forward:
+    """Return the model as a function from images to float32 logits, under autocast to `amp_dtype`.
+
+    Args:
+        model: Model.
+        device: Device of the model.
+        amp_dtype: Dtype of convolutions and matrix products; float32 disables autocast.
+        compiled_batch: Size of the batches that go through torch.compile; all others, such as the smaller last batch of
+            an epoch, run eagerly. 0 compiles nothing.
+    """
+    compiled = _compile_model(model, device) if compiled_batch else model
+
+    def forward(images: Tensor) -> Tensor:
+        network = compiled if len(images) == compiled_batch else model
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            return network(images).float()
+
+    return forward
+
+
+def should_compile(config: Config, device: torch.device, iterations: int) -> bool:
+    """Return whether the training pass is compiled: if requested, or by "auto" in a long training on a CPU.
+
+    A decaying drop probability would recompile every epoch; SyncBatchNorm communicates with other ranks, which may
+    still be compiling.
+    """
+    if config.train.drop_path_decay_fraction or config.train.sync_batch_norm or config.compile == "off":
+        return False
+    return config.compile == "on" or (device.type == "cpu" and iterations >= MIN_COMPILED_ITERATIONS)
+
+
+def create_training_forward(config: Config, model: nn.Module, loader: TrainLoader, amp_dtype: torch.dtype) -> Forward:
+    """Return the forward pass of training, compiled and warmed up if the configuration says so.
+
+    Raises:
+        TrainingError: If compilation fails and was requested (compile="on").
+    """
+    device = loader.images.device
+    eager = create_forward(model, device, amp_dtype)
+    iterations = config.train.epochs * len(loader)
+    if loader.batch_size > len(loader.images) or not should_compile(config, device, iterations):
+        return eager
+    rows = shard_slice(loader.batch_size, loader.shard)
+    size = rows.stop - rows.start
+    compiled = create_forward(model, device, amp_dtype, compiled_batch=size)
+    images = torch.zeros(size, *loader.images.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
+    try:
+        logger.info("compiled in %.0f s", warmup_compiled_forward(model, compiled, images))
+    except TrainingError as error:
+        if config.compile == "on":
+            raise
+        logger.warning("%s; continuing without compilation", error)
+        return eager
+    return compiled
+
+
+def _compile_model(model: nn.Module, device: torch.device) -> Forward:
+    """Return the model through torch.compile; on a GPU, its kernels are launched as one CUDA graph."""
+    # Not in place (nn.Module.compile): the model stays eager for other batch sizes and for its state dict.
+    if device.type != "cuda":
+        return torch.compile(model, dynamic=False)
+    graph = torch.compile(model, dynamic=False, mode="reduce-overhead")
+
+    def replay(images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        # A graph writes its output to the same memory each time.
+        return graph(images).clone()
+
+    return replay
+
+
+def warmup_compiled_forward(model: nn.Module, forward: Forward, images: Tensor) -> float:
+    """Compile `forward` by training passes on `images`, and restore the model's buffers and gradients.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        TrainingError: If compilation fails; the model is unchanged.
+    """
+    saved_buffers = [buffer.clone() for buffer in model.buffers()]
+    started = time.monotonic()
+    try:
+        model.train()
+        for _ in range(3):  # a CUDA graph is recorded in the second pass
+            model.zero_grad()  # gradients of a pass lie in memory that the next pass overwrites
+            forward(images).sum().backward()
+    except Exception as error:  # the compilers, of torch and of the system, raise nearly anything
+        raise TrainingError(f"torch.compile failed ({first_line(error)}); use compile=off") from None
+    finally:
+        model.zero_grad()
+        for buffer, saved in zip(model.buffers(), saved_buffers, strict=True):
+            buffer.copy_(saved)
+    return time.monotonic() - started

@@ -1,0 +1,256 @@
+"""The objects of a run: created from the configuration, connected by handlers, saved and restored together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping, LRScheduler
+from ignite.metrics import Metric
+from torch import nn
+from torch.amp import GradScaler
+from torchvision.ops import StochasticDepth
+
+from cifar_ignite.checkpointing.best_model import BestModelSaver, best_model_path
+from cifar_ignite.checkpointing.resume import ResumeState
+from cifar_ignite.checkpointing.run_record import RunRecord
+from cifar_ignite.checkpointing.savers import CheckpointSaver, FaultTolerantSaver
+from cifar_ignite.config import Config
+from cifar_ignite.data.loaders import EvalLoader, TrainLoader
+from cifar_ignite.data.seeding import INITIAL_WEIGHTS, derive_seed
+from cifar_ignite.distributed.collectives import SyncedMetrics, all_reduce_max, check_sync_batch_norm, wrap_ddp
+from cifar_ignite.errors import InputError
+from cifar_ignite.models.registry import create_model
+from cifar_ignite.training import handlers, loggers
+from cifar_ignite.training.device import device_check_interval, resolve_amp_dtype
+from cifar_ignite.training.engines import create_evaluator, create_trainer, scale_loss
+from cifar_ignite.training.forward import create_forward, create_training_forward
+from cifar_ignite.training.lr_schedule import attach_lr_schedule, set_lr_iteration
+from cifar_ignite.training.metrics import EpochTimer, attach_metrics
+from cifar_ignite.training.optimizers import create_optimizer, find_conv_weights
+from cifar_ignite.training.signals import StopFlag, StopRequested
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that takes part in a training.
+
+    Attributes:
+        config: Configuration of the run.
+        model: Model that is trained.
+        ema_model: Its exponential moving average; None if the configuration has none.
+        optimizer: Optimizer of the model.
+        scaler: Gradient scaler, enabled for fp16.
+        trainer: Engine of training, with metrics "loss" and "accuracy".
+        evaluator: Engine of validation, with the same metrics; None without validation.
+        train_loader: Training batches.
+        val_loader: Validation batches; None without validation.
+        lr_schedule: Handler that sets the learning rate.
+        metrics: Metrics of `trainer`.
+        synced_metrics: Their state over all ranks.
+        timer: Timer of the epoch.
+        record: Configuration and history of the run.
+        saver: Writes checkpoints and counts failures.
+        best: Saves the best model.
+        early_stopping: Handler that ends the run; None if the configuration has none.
+    """
+
+    config: Config
+    model: nn.Module
+    ema_model: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    trainer: Engine
+    evaluator: Engine | None
+    train_loader: TrainLoader
+    val_loader: EvalLoader | None
+    lr_schedule: LRScheduler
+    metrics: dict[str, Metric]
+    synced_metrics: SyncedMetrics
+    timer: EpochTimer
+    record: RunRecord
+    saver: FaultTolerantSaver
+    best: BestModelSaver
+    early_stopping: EarlyStopping | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.train_loader.images.device
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """Model that is validated and saved as the best one."""
+        return self.ema_model or self.model
+
+    @property
+    def is_done(self) -> bool:
+        return self.record.epoch == self.config.train.epochs or bool(self.trainer.should_terminate)
+
+    def to_save(self) -> dict[str, Any]:
+        """Return the objects of a full checkpoint, by name."""
+        objects = {
+            "model": self.model,
+            "ema": self.ema_model,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler if self.scaler.is_enabled() else None,
+            "trainer": self.trainer,
+            "metrics": self.synced_metrics,
+            "timer": self.timer,
+            "record": self.record,
+            "best": self.best if self.best.is_selected else None,
+            "early_stopping": self.early_stopping,
+        }
+        return {name: object_ for name, object_ in objects.items() if object_ is not None}
+
+    def restore(self, resume: ResumeState) -> None:
+        """Load a full checkpoint; the metrics of an incomplete epoch follow when it starts (`resume_mid_epoch`)."""
+        resume.restore({name: object_ for name, object_ in self.to_save().items() if name != "metrics"})
+        self.train_loader.iteration = self.trainer.state.iteration
+        set_lr_iteration(self.lr_schedule, self.trainer.state.iteration)
+
+
+def create_initial_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """Return the model with initial weights drawn from the seed, in channels_last on the device.
+
+    Raises:
+        InputError: If there is no such model, or the configuration requires something that it lacks.
+    """
+    torch.manual_seed(derive_seed(config.seed, INITIAL_WEIGHTS))
+    model = create_model(num_classes=num_classes, **config.model.model_dump())
+    has_stochastic_depth = any(isinstance(module, StochasticDepth) for module in model.modules())
+    if config.train.drop_path_decay_fraction and not has_stochastic_depth:
+        raise InputError(f"train.drop_path_decay_fraction: {config.model.name} has no stochastic depth; set it to 0")
+    if config.train.sync_batch_norm:
+        check_sync_batch_norm(device)
+    if config.optimizer.name == "muon" and not find_conv_weights(model):
+        raise InputError(f"optimizer.name: {config.model.name} has no convolution without a bias for Muon; use sgd")
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def create_training_state(
+    config: Config,
+    model: nn.Module,
+    loaders: tuple[TrainLoader, EvalLoader | None],
+    record: RunRecord,
+    checkpoint_dir: Path,
+) -> TrainingState:
+    """Create the objects of a run.
+
+    Args:
+        config: Configuration of the run.
+        model: Model on the device of the loaders.
+        loaders: Training and validation batches.
+        record: Record that the run fills.
+        checkpoint_dir: Directory of the run's checkpoints.
+
+    Raises:
+        TrainingError: If compilation was requested and fails.
+    """
+    (train_loader, val_loader), options = loaders, config.train
+    device = train_loader.images.device
+    amp_dtype = resolve_amp_dtype(config.precision, device)
+    scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    optimizer = create_optimizer(config.optimizer, model, amp_dtype)
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    forward = create_training_forward(config, model, train_loader, amp_dtype)
+    forward = wrap_ddp(model, forward, device, sync_batch_norm=options.sync_batch_norm)
+
+    trainer = create_trainer(model, forward, optimizer, scale_loss(loss_fn, train_loader), scaler)
+    lr_schedule = attach_lr_schedule(trainer, optimizer, config.schedule, options.epochs * len(train_loader))
+    metrics = attach_metrics(trainer, loss_fn, device)
+    timer = EpochTimer(trainer, len(train_loader.images))
+    ema_model = handlers.attach_ema(trainer, model, options.ema_decay) if options.ema_decay else None
+    eval_model, evaluator = ema_model or model, None
+    if val_loader:
+        evaluator = create_evaluator(eval_model, create_forward(eval_model, device, amp_dtype))
+        attach_metrics(evaluator, F.cross_entropy, device)
+
+    saver = FaultTolerantSaver(checkpoint_dir, options.max_save_failures)
+    is_selected = val_loader is not None
+    target = best_model_path(config.output_dir, config.experiment, selected=is_selected)
+    patience = options.patience if is_selected else None
+    return TrainingState(
+        config=config,
+        model=model,
+        ema_model=ema_model,
+        optimizer=optimizer,
+        scaler=scaler,
+        trainer=trainer,
+        evaluator=evaluator,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        lr_schedule=lr_schedule,
+        metrics=metrics,
+        synced_metrics=SyncedMetrics(metrics),
+        timer=timer,
+        record=record,
+        saver=saver,
+        best=BestModelSaver(eval_model, record, saver, target, is_selected=is_selected),
+        early_stopping=handlers.create_early_stopping(trainer, record, patience) if patience else None,
+    )
+
+
+def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any) -> CheckpointSaver:
+    """Attach every behavior, in the order in which Ignite calls the handlers of one event.
+
+    Args:
+        state: Objects of the run.
+        logs: Directory of the run's logs.
+        flag: Flag that signals set.
+        group: Process group for checks that must not wait for a GPU.
+
+    Returns:
+        The saver of full checkpoints.
+    """
+    options, trainer, optimizer = state.config.train, state.trainer, state.optimizer
+    check_every = device_check_interval(state.device, options.log_every)
+    handlers.attach_drop_path_decay(trainer, state.model, options.drop_path_decay_fraction, options.epochs)
+    check_gradient = handlers.attach_grad_clipping(trainer, state.model, optimizer, state.scaler, options)
+    handlers.attach_buffer_broadcast(trainer, state.eval_model)
+    loggers.attach_progress(trainer, state.metrics, optimizer, options.log_every)
+    if state.evaluator and state.val_loader:
+        handlers.attach_validation(trainer, state.evaluator, state.val_loader, optimizer)
+    handlers.attach_history(trainer, state.evaluator, optimizer, state.record, state.timer)
+    state.best.attach(trainer)
+    if state.early_stopping:
+        handlers.attach_early_stopping(trainer, state.early_stopping)
+    loggers.attach_loggers(trainer, state.record, logs, options.checkpoint_every)
+
+    def check() -> None:
+        check_gradient()
+        state.synced_metrics.gather()
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, state.synced_metrics.gather)
+    checkpoints = CheckpointSaver(state.saver, state.to_save(), check)
+    checkpoints.attach(trainer, options, check_every, group)
+    handlers.attach_stop_check(trainer, state.evaluator, flag, check_every)
+    return checkpoints
+
+
+def run_training(
+    state: TrainingState, checkpoints: CheckpointSaver, resume: ResumeState | None, flag: StopFlag, group: Any
+) -> None:
+    """Train to the end, from where `resume` stopped.
+
+    Raises:
+        TrainingError: If training diverged, checkpoints can no longer be written, or a signal was received
+            (`TrainingInterrupted`); the latest checkpoints are valid.
+    """
+    trainer = state.trainer
+    try:
+        if resume:
+            resume.resume_mid_epoch(trainer, state.synced_metrics, state.device)
+        # Ignite would start a finished training again.
+        if state.is_done:
+            trainer.fire_event(Events.COMPLETED)
+        else:
+            trainer.run(state.train_loader, max_epochs=state.config.train.epochs)
+    except StopRequested:
+        state.saver.disallow_failures()
+        checkpoints.save(trainer)
+        raise flag.interruption(state.record.epoch, trainer.state.iteration) from None
+    if all_reduce_max(state.saver.failures, group):
+        state.saver.disallow_failures()
+        checkpoints.save(trainer)
