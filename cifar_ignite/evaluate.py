@@ -55,7 +55,7 @@ def evaluate(
             dataset = load_test_set(trained, test_file)
         logger.info("test set    %s (%s images)", test_file or trained.config.data.dataset, f"{len(dataset):,}")
         dataset_name = test_file.name if test_file else f"{trained.config.data.dataset} test set"
-        evaluation = evaluate_on(trained, dataset, dataset_name, tta)
+        evaluation = evaluate_model(trained, dataset, dataset_name, tta)
         if not context.env.is_primary:
             return evaluations_dir(trained)
         directory = write_evaluation(evaluation)
@@ -69,7 +69,7 @@ def load_test_set(trained: TrainedModel, test_file: Path | None) -> ImageDataset
     return load_unlabeled_test_set(test_file) if test_file else load_dataset(trained.config.data, train=False)
 
 
-def evaluate_on(trained: TrainedModel, dataset: ImageDataset, dataset_name: str, tta: str | None) -> Evaluation:
+def evaluate_model(trained: TrainedModel, dataset: ImageDataset, dataset_name: str, tta: str | None) -> Evaluation:
     """Evaluate a trained model on a dataset, and with test-time augmentation if `tta` names one."""
     forward = create_inference_forward(trained)
     result = _evaluate_forward(trained, forward, dataset)

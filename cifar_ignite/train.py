@@ -38,7 +38,7 @@ from cifar_ignite.files import (
 from cifar_ignite.training.device import dtype_name, enable_deterministic_algorithms, resolve_amp_dtype, select_device
 from cifar_ignite.training.loggers import log_config, log_file, log_summary
 from cifar_ignite.training.signals import catch_signals
-from cifar_ignite.training.state import attach_handlers, create_initial_model, create_training_state, run_training
+from cifar_ignite.training.state import TrainingState, attach_handlers, create_initial_model, run_training
 
 # Another run may be writing temporary files to best_models/ at the same time.
 STALE_AFTER_SECONDS = 3600
@@ -108,7 +108,7 @@ def _train(
         with log_file(run_dir / "logs" / "training.log"), append_latest_checkpoint(run_dir):
             log_start(config, model, (train_set, val_set), run_dir, resume)
             record = RunRecord(run_dir.name, config.model_dump(mode="json"), list(dataset.class_names))
-            state = create_training_state(config, model, loaders, record, run_dir / "checkpoints")
+            state = TrainingState(config, model, loaders, record, run_dir / "checkpoints")
             checkpoints = attach_handlers(state, run_dir / "logs", flag, context.cpu_group)
             if resume:
                 state.restore(resume)

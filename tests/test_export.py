@@ -1,4 +1,4 @@
-"""Programs that are taken elsewhere say what the model says."""
+"""Exported programs compute what the model computes."""
 
 import numpy as np
 import onnx
@@ -6,87 +6,83 @@ import onnxruntime
 import pytest
 import torch
 
-from cifar_ignite import export as exporting
-from cifar_ignite.config import RunFailedError, SyntheticConfig
-from cifar_ignite.data import draw_synthetic
-from cifar_ignite.engines import create_forward
-from cifar_ignite.evaluate import run_evaluator
-from cifar_ignite.export import Deployed, export
-from cifar_ignite.trained import load_trained
+from cifar_ignite import export as export_module
+from cifar_ignite.config import SyntheticConfig
+from cifar_ignite.data.synthetic import make_synthetic
+from cifar_ignite.errors import TrainingError
+from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
+from cifar_ignite.evaluation.trained_model import load_trained_model
+from cifar_ignite.export import ExportModel, export
 
 
 @pytest.fixture
-def trained(command, tiny_file, tmp_path):
-    """The output folder with a trained network, as overrides."""
+def overrides(command, tiny_file, tmp_path):
+    """Overrides that name the output directory of a trained model."""
     assert command("train", "--config", tiny_file)[0] == 0
     return [f"output_dir={tmp_path / 'outputs'}"]
 
 
-def test_programs_say_what_an_evaluation_says(command, trained, tmp_path):
-    """All four files, loaded without this project, against the probabilities that evaluation computes."""
+def test_exported_programs_match_evaluation(command, overrides, tmp_path):
+    """All four files, loaded without this project, against the probabilities of an evaluation."""
     status, out, err = command("export")
     assert (status, err) == (0, "")
-    folder = tmp_path / "outputs" / "exports"
-    names = sorted(path.name for path in folder.iterdir())
+    directory = tmp_path / "outputs" / "exports"
+    names = sorted(path.name for path in directory.iterdir())
     assert names == ["tiny_float32.onnx", "tiny_float32.pt2", "tiny_uint8.onnx", "tiny_uint8.pt2"]
     assert "logits (N, 10)" in out
     assert "airplane, automobile" in out
 
-    network = load_trained(None, None, [*trained, "precision=fp32"])
-    images = draw_synthetic(SyntheticConfig(test_size=256, seed=5), train=False)
-    forward = create_forward(network.model, torch.device("cpu"), torch.float32)
-    expected, _ = run_evaluator(network.model, forward, images, network.config, torch.device("cpu"))
+    trained = load_trained_model(None, None, [*overrides, "precision=fp32"])
+    dataset = make_synthetic(SyntheticConfig(test_size=256, seed=5), train=False)
+    expected, _ = run_inference(trained, create_inference_forward(trained), dataset)
     for name in names:
-        given = images.images if "uint8" in name else images.images / 255
-        for size in (1, 2, 256):
-            batch = given[:size]
+        images = dataset.images if "uint8" in name else dataset.images / 255
+        for batch_size in (1, 2, 256):
+            batch = images[:batch_size]
             if name.endswith(".pt2"):
-                logits = torch.export.load(folder / name).module()(batch)
+                logits = torch.export.load(directory / name).module()(batch)
             else:
-                session = onnxruntime.InferenceSession(folder / name)
+                session = onnxruntime.InferenceSession(directory / name)
                 logits = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
             assert logits.dtype == torch.float32
-            assert torch.allclose(logits.softmax(1), expected[:size], atol=1e-5), (name, size)
-    graph = onnx.load(folder / "tiny_uint8.onnx").graph
+            assert torch.allclose(logits.softmax(1), expected[:batch_size], atol=1e-5), (name, batch_size)
+    graph = onnx.load(directory / "tiny_uint8.onnx").graph
     assert [entry.name for entry in graph.input] == ["images"]
-    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param  # a name: any number of images
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param  # a symbolic size: any batch size
 
 
-def test_normalisation_is_inside():
-    network = Deployed(torch.nn.Flatten(), (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
+def test_export_model_normalizes_uint8_and_float_images():
+    model = ExportModel(torch.nn.Flatten(), (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     expected = (images.numpy() / 255 - np.reshape([0.1, 0.2, 0.3], (3, 1, 1))) / np.reshape([0.5, 0.25, 1], (3, 1, 1))
-    assert np.allclose(network(images).numpy().reshape(expected.shape), expected, atol=1e-6)
-    assert torch.allclose(network(images / 255), network(images), atol=1e-6)
+    assert np.allclose(model(images).numpy().reshape(expected.shape), expected, atol=1e-6)
+    assert torch.allclose(model(images / 255), model(images), atol=1e-6)
 
 
-def test_without_the_packages_for_onnx_the_rest_is_written(trained, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(exporting, "ONNX_PACKAGES", ("onnx", "no_such_package"))
+def test_export_without_onnx_packages_writes_pt2_only(overrides, monkeypatch, caplog):
+    monkeypatch.setattr(export_module, "ONNX_PACKAGES", ("onnx", "no_such_package"))
     with caplog.at_level("INFO"):
-        files = export(overrides=trained)
+        files = export(overrides=overrides)
     assert [path.name for path in files] == ["tiny_uint8.pt2", "tiny_float32.pt2"]
     assert "no ONNX: no_such_package not installed; pip install -e '.[onnx]'" in caplog.text
 
 
-def test_a_program_that_says_something_else_is_not_written(trained, tmp_path, monkeypatch):
-    def write_wrong(program, path):
+@pytest.mark.parametrize(("offset", "expected"), [(1e-3, "0.001"), (torch.nan, "nan")])
+def test_export_of_different_logits_writes_nothing(overrides, tmp_path, monkeypatch, offset, expected):
+    def save_wrong(program, path):
         path.write_bytes(b"x")
-        return lambda images: program.module()(images) + 1e-3
+        return lambda images: program.module()(images) + offset
 
-    monkeypatch.setattr(exporting, "write_torch", write_wrong)
-    with pytest.raises(RunFailedError, match=r"tiny_uint8.pt2: its logits differ by 0.001 from the model's"):
-        export(overrides=trained)
+    monkeypatch.setattr(export_module, "save_pt2", save_wrong)
+    with pytest.raises(TrainingError, match=rf"tiny_uint8.pt2: logits differ by {expected}"):
+        export(overrides=overrides)
     assert list((tmp_path / "outputs" / "exports").iterdir()) == []
-    monkeypatch.setattr(
-        exporting, "write_torch", lambda program, path: lambda images: torch.full((len(images), 10), torch.nan)
-    )
-    with pytest.raises(RunFailedError, match="differ by nan"):
-        export(overrides=trained)
 
 
-def test_an_export_that_cannot_be_written_is_one_line(command, trained, tmp_path):
-    (tmp_path / "outputs" / "exports").write_text("in the way")
+@pytest.mark.usefixtures("overrides")
+def test_export_to_unwritable_directory_prints_one_line(command, tmp_path):
+    (tmp_path / "outputs" / "exports").write_text("a file, not a directory")
     status, _, err = command("export")
     assert status == 2
-    assert err.startswith("cifar_ignite: output_dir: cannot write into ")
+    assert err.startswith("cifar_ignite: output_dir: cannot write to ")
     assert err.count("\n") == 1

@@ -53,7 +53,7 @@ def load_images(files: Sequence[Path]) -> tuple[list[Path], Tensor]:
     readable: list[Path] = []
     images: list[Tensor] = []
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # Pillow warns of large images, refuses too large ones, and of odd metadata
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata and large images; it refuses too large ones
         results = tqdm(_map_in_chunks(pool, files), total=len(files), desc="load", disable=None, dynamic_ncols=True)
         for file, result in results:
             if isinstance(result, str):

@@ -1,14 +1,12 @@
 """The objects of a run: created from the configuration, connected by handlers, saved and restored together."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
-from ignite.handlers import EarlyStopping, LRScheduler
-from ignite.metrics import Metric
+from ignite.handlers import EarlyStopping
 from torch import nn
 from torch.amp import GradScaler
 from torchvision.ops import StochasticDepth
@@ -33,7 +31,6 @@ from cifar_ignite.training.optimizers import create_optimizer, find_conv_weights
 from cifar_ignite.training.signals import StopFlag, StopRequested
 
 
-@dataclass(frozen=True)
 class TrainingState:
     """Everything that takes part in a training.
 
@@ -41,12 +38,12 @@ class TrainingState:
         config: Configuration of the run.
         model: Model that is trained.
         ema_model: Its exponential moving average; None if the configuration has none.
+        train_loader: Training batches.
+        val_loader: Validation batches; None without validation.
         optimizer: Optimizer of the model.
         scaler: Gradient scaler, enabled for fp16.
         trainer: Engine of training, with metrics "loss" and "accuracy".
         evaluator: Engine of validation, with the same metrics; None without validation.
-        train_loader: Training batches.
-        val_loader: Validation batches; None without validation.
         lr_schedule: Handler that sets the learning rate.
         metrics: Metrics of `trainer`.
         synced_metrics: Their state over all ranks.
@@ -57,27 +54,67 @@ class TrainingState:
         early_stopping: Handler that ends the run; None if the configuration has none.
     """
 
-    config: Config
-    model: nn.Module
-    ema_model: nn.Module | None
-    optimizer: torch.optim.Optimizer
-    scaler: GradScaler
-    trainer: Engine
-    evaluator: Engine | None
-    train_loader: TrainLoader
-    val_loader: EvalLoader | None
-    lr_schedule: LRScheduler
-    metrics: dict[str, Metric]
-    synced_metrics: SyncedMetrics
-    timer: EpochTimer
-    record: RunRecord
-    saver: FaultTolerantSaver
-    best: BestModelSaver
-    early_stopping: EarlyStopping | None
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        loaders: tuple[TrainLoader, EvalLoader | None],
+        record: RunRecord,
+        checkpoint_dir: Path,
+    ) -> None:
+        """
+        Args:
+            config: Configuration of the run.
+            model: Model on the device of the loaders.
+            loaders: Training and validation batches.
+            record: Record that the run fills.
+            checkpoint_dir: Directory of the run's checkpoints.
+
+        Raises:
+            TrainingError: If compilation was requested and fails.
+        """
+        self.config, self.model, self.record = config, model, record
+        self.train_loader, self.val_loader = loaders
+        self._create_training()
+        self._create_validation()
+        self.saver = FaultTolerantSaver(checkpoint_dir, config.train.max_save_failures)
+        is_selected, patience = self.val_loader is not None, config.train.patience
+        target = best_model_path(config.output_dir, config.experiment, selected=is_selected)
+        self.best = BestModelSaver(self.eval_model, record, self.saver, target, is_selected=is_selected)
+        self.early_stopping: EarlyStopping | None = None
+        if is_selected and patience:
+            self.early_stopping = handlers.create_early_stopping(self.trainer, record, patience)
+
+    def _create_training(self) -> None:
+        config, model, loader, device = self.config, self.model, self.train_loader, self.device
+        self.scaler = GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        self.optimizer = create_optimizer(config.optimizer, model, self.amp_dtype)
+        loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
+        forward = create_training_forward(config, model, loader, self.amp_dtype)
+        forward = wrap_ddp(model, forward, device, sync_batch_norm=config.train.sync_batch_norm)
+        self.trainer = create_trainer(model, forward, self.optimizer, scale_loss(loss_fn, loader), self.scaler)
+        iterations = config.train.epochs * len(loader)
+        self.lr_schedule = attach_lr_schedule(self.trainer, self.optimizer, config.schedule, iterations)
+        self.metrics = attach_metrics(self.trainer, loss_fn, device)
+        self.synced_metrics = SyncedMetrics(self.metrics)
+        self.timer = EpochTimer(self.trainer, len(loader.images))
+        decay = config.train.ema_decay
+        self.ema_model = handlers.attach_ema(self.trainer, model, decay) if decay else None
+
+    def _create_validation(self) -> None:
+        self.evaluator: Engine | None = None
+        if self.val_loader:
+            forward = create_forward(self.eval_model, self.device, self.amp_dtype)
+            self.evaluator = create_evaluator(self.eval_model, forward)
+            attach_metrics(self.evaluator, F.cross_entropy, self.device)
 
     @property
     def device(self) -> torch.device:
         return self.train_loader.images.device
+
+    @property
+    def amp_dtype(self) -> torch.dtype:
+        return resolve_amp_dtype(self.config.precision, self.device)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -127,69 +164,6 @@ def create_initial_model(config: Config, num_classes: int, device: torch.device)
     if config.optimizer.name == "muon" and not find_conv_weights(model):
         raise InputError(f"optimizer.name: {config.model.name} has no convolution without a bias for Muon; use sgd")
     return model.to(device).to(memory_format=torch.channels_last)
-
-
-def create_training_state(
-    config: Config,
-    model: nn.Module,
-    loaders: tuple[TrainLoader, EvalLoader | None],
-    record: RunRecord,
-    checkpoint_dir: Path,
-) -> TrainingState:
-    """Create the objects of a run.
-
-    Args:
-        config: Configuration of the run.
-        model: Model on the device of the loaders.
-        loaders: Training and validation batches.
-        record: Record that the run fills.
-        checkpoint_dir: Directory of the run's checkpoints.
-
-    Raises:
-        TrainingError: If compilation was requested and fails.
-    """
-    (train_loader, val_loader), options = loaders, config.train
-    device = train_loader.images.device
-    amp_dtype = resolve_amp_dtype(config.precision, device)
-    scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    optimizer = create_optimizer(config.optimizer, model, amp_dtype)
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
-    forward = create_training_forward(config, model, train_loader, amp_dtype)
-    forward = wrap_ddp(model, forward, device, sync_batch_norm=options.sync_batch_norm)
-
-    trainer = create_trainer(model, forward, optimizer, scale_loss(loss_fn, train_loader), scaler)
-    lr_schedule = attach_lr_schedule(trainer, optimizer, config.schedule, options.epochs * len(train_loader))
-    metrics = attach_metrics(trainer, loss_fn, device)
-    timer = EpochTimer(trainer, len(train_loader.images))
-    ema_model = handlers.attach_ema(trainer, model, options.ema_decay) if options.ema_decay else None
-    eval_model, evaluator = ema_model or model, None
-    if val_loader:
-        evaluator = create_evaluator(eval_model, create_forward(eval_model, device, amp_dtype))
-        attach_metrics(evaluator, F.cross_entropy, device)
-
-    saver = FaultTolerantSaver(checkpoint_dir, options.max_save_failures)
-    is_selected = val_loader is not None
-    target = best_model_path(config.output_dir, config.experiment, selected=is_selected)
-    patience = options.patience if is_selected else None
-    return TrainingState(
-        config=config,
-        model=model,
-        ema_model=ema_model,
-        optimizer=optimizer,
-        scaler=scaler,
-        trainer=trainer,
-        evaluator=evaluator,
-        train_loader=train_loader,
-        val_loader=val_loader,
-        lr_schedule=lr_schedule,
-        metrics=metrics,
-        synced_metrics=SyncedMetrics(metrics),
-        timer=timer,
-        record=record,
-        saver=saver,
-        best=BestModelSaver(eval_model, record, saver, target, is_selected=is_selected),
-        early_stopping=handlers.create_early_stopping(trainer, record, patience) if patience else None,
-    )
 
 
 def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any) -> CheckpointSaver:

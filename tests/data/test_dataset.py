@@ -1,0 +1,66 @@
+"""The dataset class and the validation split."""
+
+import pytest
+import torch
+
+from cifar_ignite.data.dataset import ImageDataset, stratified_split, train_val_split
+from cifar_ignite.errors import InputError
+
+
+def dataset(count=40, num_classes=4):
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+    names = tuple(f"class {label}" for label in range(num_classes))
+    return ImageDataset(images, torch.arange(count) % num_classes, list(range(count)), names)
+
+
+def test_dataset_reports_length_and_classes_and_moves_to_device():
+    labeled = dataset()
+    assert len(labeled) == 40
+    assert labeled.num_classes == 4
+    moved = labeled.to(torch.device("meta"))
+    assert moved.images.device.type == moved.labels.device.type == "meta"
+    assert (moved.ids, moved.class_names) == (labeled.ids, labeled.class_names)
+    unlabeled = ImageDataset(labeled.images, None, labeled.ids, labeled.class_names)
+    assert unlabeled.to(torch.device("meta")).labels is None
+
+
+def test_train_val_split_keeps_images_labels_and_ids_together():
+    train, val = train_val_split(dataset(), val_size=12, seed=1)
+    assert (len(train), len(val)) == (28, 12)
+    assert sorted(train.ids + val.ids) == list(range(40))
+    for subset in (train, val):
+        assert subset.num_classes == 4
+        assert subset.images[:, 0, 0, 0].tolist() == subset.ids
+        assert subset.labels.tolist() == [id_ % 4 for id_ in subset.ids]
+    assert torch.bincount(val.labels).tolist() == [3] * 4
+
+
+def test_train_val_split_with_size_0_leaves_validation_empty():
+    train, val = train_val_split(dataset(), val_size=0, seed=1)
+    assert (len(train), len(val)) == (40, 0)
+
+
+@pytest.mark.parametrize("val_size", [0, 1, 7, 100, 333])
+def test_stratified_split_is_disjoint_complete_and_proportional(val_size):
+    labels = torch.randint(0, 10, (1000,), generator=torch.Generator().manual_seed(0))
+    train, val = stratified_split(labels, 10, val_size, seed=3)
+    assert len(val) == val_size
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1000))
+    exact = torch.bincount(labels, minlength=10) * val_size / 1000
+    assert ((torch.bincount(labels[val], minlength=10) - exact).abs() <= 1).all()
+
+
+def test_stratified_split_of_balanced_labels_is_exact_and_seeded():
+    labels = torch.arange(50_000) % 10
+    train, val = stratified_split(labels, 10, 5000, seed=0)
+    assert torch.bincount(labels[val]).tolist() == [500] * 10
+    assert torch.equal(val, stratified_split(labels, 10, 5000, seed=0)[1])
+    assert not torch.equal(val, stratified_split(labels, 10, 5000, seed=1)[1])
+    assert len(train) == 45_000
+
+
+def test_stratified_split_that_leaves_too_few_images_is_refused():
+    labels = torch.arange(20) % 10
+    with pytest.raises(InputError, match=r"data\.val_size.* at most 10"):
+        stratified_split(labels, 10, 15, seed=0)
+    assert len(stratified_split(labels, 10, 10, seed=0)[0]) == 10

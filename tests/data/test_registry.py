@@ -1,0 +1,49 @@
+"""The dataset registry."""
+
+import pytest
+import torch
+
+from cifar_ignite.config import DataConfig
+from cifar_ignite.data import DATASETS, load_dataset, register_dataset
+from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.errors import InputError
+
+
+def test_load_dataset_with_unknown_name_lists_known_ones():
+    with pytest.raises(InputError, match=r"data\.dataset: .*'imagenet'.* cifar10, synthetic"):
+        load_dataset(DataConfig(dataset="imagenet"), train=True)
+
+
+def test_register_dataset_refuses_taken_name():
+    def synthetic(config, *, train):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="already registered"):
+        register_dataset(synthetic)
+
+
+def test_registered_function_is_loaded_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("cifar_ignite.data.registry.DATASETS", dict(DATASETS))
+
+    @register_dataset
+    def black(config, *, train):
+        count = 6 if train else 4
+        images = torch.zeros(count, 3, 32, 32, dtype=torch.uint8)
+        return ImageDataset(images, torch.arange(count) % 2, [str(config.root)] * count, ("dark", "darker"))
+
+    config = DataConfig(dataset="black", root=tmp_path)
+    train, test = (load_dataset(config, train=train) for train in (True, False))
+    assert (len(train), len(test)) == (6, 4)
+    assert train.num_classes == 2
+    assert train.ids[0] == str(tmp_path)
+
+
+def test_error_of_registered_function_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr("cifar_ignite.data.registry.DATASETS", dict(DATASETS))
+
+    @register_dataset
+    def broken(config, *, train):
+        raise InputError("data.root: not there")
+
+    with pytest.raises(InputError, match=r"^data\.root: not there$"):
+        load_dataset(DataConfig(dataset="broken"), train=True)

@@ -1,0 +1,130 @@
+"""Metrics against direct computations on the same probabilities."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
+from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.evaluation import metrics
+from cifar_ignite.evaluation.inference import run_inference
+from cifar_ignite.evaluation.metrics import (
+    calibration_bins,
+    compute_metrics,
+    expected_calibration_error,
+    format_per_class_table,
+    most_confident_errors,
+)
+from cifar_ignite.training.forward import create_forward
+from tests.evaluation.helpers import FixedLogits, trained_with
+
+
+@pytest.fixture
+def evaluated():
+    """Labels, probabilities, and their metrics as an evaluation computes them, in batches."""
+    rng = np.random.default_rng(3)
+    labels = torch.from_numpy(rng.permutation(np.arange(200) % 10))
+    logits = torch.from_numpy(rng.normal(0, 2, (200, 10))).float()
+    logits[torch.arange(200), labels] += 2
+    logits[:, 7] = -20  # horse is never predicted
+    images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    dataset = ImageDataset(images, labels, list(range(1000, 1200)), CIFAR10_CLASSES)
+    trained = trained_with(FixedLogits(logits))
+    forward = create_forward(trained.model, trained.device, torch.float32)
+    probabilities, engine_metrics = run_inference(trained, forward, dataset)
+    assert torch.allclose(probabilities, logits.softmax(1))
+    return labels.numpy(), probabilities, compute_metrics(dataset, probabilities, engine_metrics, CIFAR10_CLASSES)
+
+
+def test_summary_matches_direct_computation(evaluated):
+    labels, probabilities, result = evaluated
+    values, predicted = probabilities.numpy().astype(float), probabilities.argmax(1).numpy()
+    summary = result.summary
+    assert summary["images"] == 200
+    assert summary["accuracy"] == pytest.approx((predicted == labels).mean())
+    top2 = [label in np.argsort(row)[-2:] for label, row in zip(labels, values, strict=True)]
+    assert summary["top2_accuracy"] == pytest.approx(np.mean(top2))
+    cross_entropy = -np.log(values[np.arange(200), labels]).mean()
+    assert summary["loss"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert summary["mean_confidence"] == pytest.approx(values.max(1).mean(), rel=1e-6)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_per_class_metrics_match_direct_computation(evaluated):
+    labels, probabilities, result = evaluated
+    predicted = probabilities.argmax(1).numpy()
+    for index, name in enumerate(CIFAR10_CLASSES):
+        in_class, as_class = labels == index, predicted == index
+        correct = (in_class & as_class).sum()
+        assert result.summary["classes"][name] == {
+            "images": in_class.sum(),
+            "precision": pytest.approx(correct / max(1, as_class.sum())),
+            "recall": pytest.approx(correct / in_class.sum()),
+            "f1": pytest.approx(2 * correct / (in_class.sum() + as_class.sum())),
+        }
+    expected = np.zeros((10, 10), int)
+    np.add.at(expected, (labels, predicted), 1)
+    assert np.array_equal(result.confusion_matrix, expected)
+
+
+def test_calibration_matches_guo_equation_3(evaluated):
+    labels, probabilities, result = evaluated
+    confidence, predicted = (tensor.numpy() for tensor in probabilities.max(1))
+    expected = 0.0
+    for index in range(metrics.NUM_BINS):
+        low, high = index / metrics.NUM_BINS, (index + 1) / metrics.NUM_BINS
+        in_bin = (confidence > low) & (confidence <= high)
+        assert result.bins["images"][index] == in_bin.sum()
+        if in_bin.any():
+            accuracy = (predicted == labels)[in_bin].mean()
+            assert result.bins["accuracy"][index] == pytest.approx(accuracy)
+            expected += in_bin.mean() * abs(accuracy - confidence[in_bin].mean())
+    assert result.summary["expected_calibration_error"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_calibration_bins_include_confidence_one():
+    certain = pd.DataFrame({"true": ["cat", "dog"], "predicted": ["cat", "cat"], "confidence": [1.0, 1.0]})
+    bins = calibration_bins(certain)
+    assert bins["images"].tolist() == [0] * 14 + [2]
+    assert expected_calibration_error(bins) == 0.5
+    assert expected_calibration_error(calibration_bins(certain.assign(predicted=certain["true"]))) == 0
+
+
+def test_prediction_table_keeps_dataset_order_and_probabilities(evaluated):
+    _, probabilities, result = evaluated
+    table = result.predictions
+    assert table.columns.tolist() == ["ID", "true", "predicted", "confidence", *CIFAR10_CLASSES]
+    assert table["ID"].tolist() == list(range(1000, 1200))
+    assert np.array_equal(table[list(CIFAR10_CLASSES)].to_numpy(), probabilities.numpy())
+
+
+def test_most_confident_errors_are_sorted_and_limited(evaluated):
+    labels, probabilities, result = evaluated
+    confidence, predicted = (tensor.numpy() for tensor in probabilities.max(1))
+    wrong = np.flatnonzero(predicted != labels)
+    errors = most_confident_errors(result.predictions, 5)
+    assert errors.index.tolist() == wrong[np.argsort(-confidence[wrong], kind="stable")][:5].tolist()
+    assert len(most_confident_errors(result.predictions, 999)) == len(wrong)
+
+
+def test_compute_metrics_without_labels_omits_accuracy(evaluated):
+    _, probabilities, labeled = evaluated
+    images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    unlabeled = ImageDataset(images, None, list(range(200)), CIFAR10_CLASSES)
+    result = compute_metrics(unlabeled, probabilities, {}, CIFAR10_CLASSES)
+    assert result.summary.keys() == {"images", "mean_confidence"}
+    assert result.bins is result.confusion_matrix is None
+    assert result.per_class["predicted"].tolist() == labeled.per_class["predicted"].tolist()
+    assert math.isnan(result.per_class.loc["horse", "confidence"])
+
+
+def test_format_per_class_table_shows_percentages_and_undefined_values(evaluated):
+    formatted = format_per_class_table(evaluated[2].per_class)
+    assert formatted.loc["horse", "predicted"] == "0"
+    assert formatted.loc["horse", "mean confidence"] == "–"
+    assert formatted.loc["cat", "images"] == "20"
+    assert formatted.loc["cat", "accuracy (recall)"].endswith("%")

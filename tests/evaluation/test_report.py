@@ -1,0 +1,110 @@
+"""The report page of an evaluation."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
+from cifar_ignite.evaluation.metrics import most_confident_errors
+from cifar_ignite.evaluation.report import confusion_cells, relative_luminance, training_curves
+from tests.evaluation.helpers import only_evaluation, write_unlabeled_test_file
+from tests.helpers import epoch_metrics
+
+
+class Page(html.parser.HTMLParser):
+    """All tags of a page with their attributes, all text, and the elements that are still open at the end."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def evaluation_dir(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file, "--set", "train.epochs=3")
+    assert command("evaluate", "--tta", "flip")[0] == 0
+    return only_evaluation(tmp_path)
+
+
+def test_report_shows_metrics_images_and_confusion_matrix(evaluation_dir):
+    text = (evaluation_dir / "report.html").read_text()
+    page, summary = Page(text), json.loads((evaluation_dir / "metrics.json").read_text())
+    assert page.open == []
+    words = " ".join(" ".join(page.words).split())
+    for expected in (
+        f"{summary['accuracy']:.2%}", f"{summary['tta']['accuracy']:.2%}", f"{summary['loss']:.4f}", summary["run"],
+        "hybrid_resnet", "evaluate --model tiny --tta flip", '"label_smoothing": 0.1',
+    ):  # fmt: skip
+        assert expected in words
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    num_errors = len(most_confident_errors(pd.read_csv(evaluation_dir / "details.csv"), 24))
+    assert len(images) == 2 + 1 + num_errors  # training curves, reliability diagram, errors
+    for image in images:
+        assert image["src"].startswith("data:image/png;base64,")
+        assert len(image["alt"]) > 10
+    details = pd.read_csv(evaluation_dir / "details.csv")
+    expected = pd.crosstab(details["true"], details["predicted"]).reindex(CIFAR10_CLASSES, columns=CIFAR10_CLASSES)
+    cells = re.findall(r"<td tabindex=\"0\"[^>]*>(\d+)<", text)
+    assert [int(cell) for cell in cells] == expected.fillna(0).astype(int).to_numpy().flatten().tolist()
+
+
+def test_report_refers_to_nothing_outside_the_page(evaluation_dir):
+    text = (evaluation_dir / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script|<link", text)
+
+
+def test_figures_of_evaluation_are_not_empty(evaluation_dir):
+    """An empty figure is white except for its title."""
+    for name, min_fraction in (("mistakes", 0.2), ("reliability", 0.05), ("confusion_matrix", 0.05)):
+        pixels = np.asarray(Image.open(evaluation_dir / f"{name}.png").convert("L"))
+        assert (pixels < 250).mean() > min_fraction, name
+
+
+def test_report_escapes_user_strings(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file)
+    test_file = write_unlabeled_test_file(tmp_path / "<b>&amp;.pkl")
+    command("evaluate", "--test-file", test_file)
+    page = Page((only_evaluation(tmp_path) / "report.html").read_text())
+    assert page.open == []
+    assert "<b>&amp;.pkl" in " ".join(page.words)
+
+
+def test_confusion_cells_have_readable_text():
+    """The contrast between text and cell is at least 4.5 (WCAG 2, level AA) for every count."""
+
+    def channels(color):
+        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+        return [int(digits[start : start + 2], 16) for start in (0, 2, 4)]
+
+    assert relative_luminance(channels("#fff")) == pytest.approx(1)
+    assert relative_luminance(channels("#777777")) == pytest.approx(0.1845, abs=1e-4)  # contrast 4.48 on white
+    for count in range(101):
+        ((_, cells), _) = confusion_cells(np.array([[count, 100 - count], [0, 1]]), ["a", "b"])
+        for cell in cells:
+            dark, light = sorted(relative_luminance(channels(cell[name])) for name in ("text_color", "color"))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, cell
+
+
+def test_training_curves_have_alternative_text():
+    accuracy, loss = training_curves([epoch_metrics(1, None), epoch_metrics(2, None)])
+    assert accuracy["alt"] == "accuracy by epoch: 2 epochs, train from 0.500 to 0.500"
+    assert loss["alt"] == "loss by epoch: 2 epochs, train from 1.000 to 1.000"
+    assert "validation from 0.300 to 0.400" in training_curves([epoch_metrics(1, 0.3), epoch_metrics(2, 0.4)])[0]["alt"]
+    assert training_curves([]) == []

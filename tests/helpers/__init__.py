@@ -1,0 +1,76 @@
+"""Helpers shared by the tests: tiny inputs, and comparisons of directories and runs."""
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+
+from benchmarks.faults import diff_runs
+from cifar_ignite.checkpointing.run_record import RunRecord
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = {
+    "experiment": "tiny",
+    "data": {"batch_size": 32, "val_size": 20},
+    "model": {"name": "hybrid_resnet", "width": 2},
+    "train": {"epochs": 2, "checkpoint_every": 2, "log_every": 1, "patience": None},
+}
+
+
+def write_batch(path: Path, count: int, seed: int) -> None:
+    """Write a labeled CIFAR-10 batch whose classes differ in brightness, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    labels = [int(label) for label in np.arange(count) % 10]
+    data = (rng.integers(0, 100, (count, 3072)) + 15 * np.array(labels)[:, None]).astype(np.uint8)
+    batch = {b"data": data, b"labels": labels, b"batch_label": b"tiny", b"filenames": [b"x.png"] * count}
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    """Return every path below a directory, with the bytes of the files."""
+    return {
+        os.path.relpath(path, directory): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
+
+
+def epoch_metrics(epoch: int, val_acc: float | None) -> dict[str, Any]:
+    """Return one row of a run's history."""
+    return {
+        "epoch": epoch,
+        "train_loss": 1.0,
+        "train_acc": 0.5,
+        "val_loss": None if val_acc is None else 1.0,
+        "val_acc": val_acc,
+        "lr": 0.1,
+        "seconds": 2.0,
+        "images_per_second": 50.0,
+    }
+
+
+def only_run(directory: Path) -> Path:
+    """Return the only run directory below directory/outputs."""
+    (run_dir,) = (directory / "outputs" / "training_runs").iterdir()
+    return run_dir
+
+
+def assert_same_training(run_dir: Path, other: Path) -> None:
+    """Assert bit-identical weights, EMA, momentum buffers, counters and metrics of two runs; only times differ."""
+    assert diff_runs(run_dir, other) == []
+
+
+def run_with_scores(scores: Sequence[float | None], attach: Callable[[Engine, RunRecord], Any]) -> tuple[int, Any]:
+    """Run an engine for one epoch per validation accuracy; return the epochs that ran and the result of `attach`."""
+    record = RunRecord("run", {}, [])
+    trainer = Engine(lambda engine, batch: None)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def append(engine: Engine) -> None:
+        record.history.append(epoch_metrics(engine.state.epoch, scores[engine.state.epoch - 1]))  # type: ignore[arg-type]
+
+    attached = attach(trainer, record)
+    trainer.run([0], max_epochs=len(scores))
+    return trainer.state.epoch, attached

@@ -1,0 +1,51 @@
+"""Command-line options of runs, and functions called in the middle of a run."""
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ignite.engine import Engine, Events
+
+from cifar_ignite.training import handlers
+
+
+def set_options(values: Mapping[str, object]) -> list[str]:
+    """Return the command-line words that override configuration keys."""
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+# Overrides of a run of 4 epochs, of 4 iterations each, in which everything that has a state takes part.
+STATEFUL = set_options({"train.epochs": 4, "train.patience": 4, "train.ema_decay": 0.8, "train.checkpoint_every": 3})
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """Return the full checkpoint of the highest iteration."""
+    return max((run_dir / "checkpoints").glob("latest_*.pt"))
+
+
+def call_at_iteration(
+    monkeypatch: pytest.MonkeyPatch, iteration: int, call: Callable[[], Any], *, in_validation: bool = False
+) -> None:
+    """Have runs call a function at the start of an iteration of training, or in the validation after it."""
+    original = handlers.attach_stop_check
+
+    def attach(trainer: Engine, evaluator: Engine, *rest: Any) -> None:
+        engine, once = (evaluator, 1) if in_validation else (trainer, iteration)
+        event = Events.ITERATION_STARTED(once=once)
+        engine.add_event_handler(event, lambda: call() if trainer.state.iteration == iteration else None)
+        original(trainer, evaluator, *rest)
+
+    monkeypatch.setattr(handlers, "attach_stop_check", attach)
+
+
+def send_signal(signum: signal.Signals = signal.SIGTERM) -> None:
+    """Send a real signal to this process."""
+    os.kill(os.getpid(), signum)
+
+
+def raise_disk_full(*_: object, **__: object) -> None:
+    """Fail as any write to a full disk does."""
+    raise OSError(28, "No space left on device")

@@ -1,0 +1,114 @@
+"""Atomic writes, stale temporary files, the latest file, unique directories."""
+
+import contextlib
+import os
+import re
+import threading
+import time
+
+import pytest
+
+from cifar_ignite import files
+from cifar_ignite.errors import InputError
+from tests.checkpointing.helpers import names_in
+
+
+def test_atomic_write_replaces_file_at_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("previous")
+    with files.atomic_write(path) as temp_path:
+        temp_path.write_text("new")
+        assert temp_path.parent == tmp_path
+        assert path.read_text() == "previous"
+    assert path.read_text() == "new"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_failed_atomic_write_keeps_previous_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("previous")
+
+    def fail():
+        with files.atomic_write(path) as temp_path:
+            temp_path.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_text() == "previous"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_remove_stale_temp_files_finds_those_of_atomic_write(tmp_path):
+    with contextlib.suppress(FileNotFoundError), files.atomic_write(tmp_path / "file") as temp_path:
+        temp_path.write_text("half")
+        files.remove_stale_temp_files(tmp_path)
+        assert names_in(tmp_path) == []
+
+
+def test_remove_stale_temp_files_deletes_old_ones_only(tmp_path):
+    for name, age in ((".best.pth.1.tmp", 7200), (".new.pth.2.tmp", 10), ("best.pth", 7200)):
+        (tmp_path / name).write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    files.remove_stale_temp_files(tmp_path, older_than=3600)
+    assert names_in(tmp_path) == [".new.pth.2.tmp", "best.pth"]
+    files.remove_stale_temp_files(tmp_path)
+    assert names_in(tmp_path) == ["best.pth"]
+
+
+def test_remove_stale_temp_files_accepts_missing_directory(tmp_path):
+    files.remove_stale_temp_files(tmp_path / "missing")
+
+
+def test_fsync_path_accepts_files_and_directories(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path):
+        files.fsync_path(path)
+        assert flushed.pop() == path.stat().st_ino
+
+
+def test_latest_file_is_last_written_then_last_by_name(tmp_path):
+    for name, modified in (("b", 100), ("a", 200), ("c", 200)):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (modified, modified))
+    assert files.latest_file(tmp_path.iterdir()) == tmp_path / "c"
+    assert files.latest_file([]) is None
+
+
+def test_create_unique_dir_numbers_names(tmp_path):
+    names = [files.create_unique_dir(tmp_path / "runs", "2026").name for _ in range(3)]
+    assert names == ["2026", "2026_2", "2026_3"]
+
+
+def test_create_unique_dir_from_threads_returns_different_directories(tmp_path):
+    created, barrier = [], threading.Barrier(8)
+
+    def create():
+        barrier.wait()
+        created.append(files.create_unique_dir(tmp_path, "run"))
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(created)) == 8
+
+
+def test_timestamp_is_sortable_and_safe_in_file_names():
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", files.timestamp())
+
+
+def test_translate_write_errors_names_directory_and_reason(tmp_path):
+    with pytest.raises(InputError, match=r"^output_dir: ") as raised, files.translate_write_errors(tmp_path):
+        (tmp_path / "missing" / "file").write_text("x")
+    assert str(tmp_path) in str(raised.value)
+    assert "No such file or directory" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_translate_write_errors_lets_other_errors_through(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.translate_write_errors(tmp_path):
+        raise ZeroDivisionError
