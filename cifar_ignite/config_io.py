@@ -83,7 +83,9 @@ def _read_extended(path: Path, children: tuple[Path, ...]) -> Any:
     if not (path.parent / parent).is_file():
         raise InputError(f"{path}: extends: {parent}: no such file")
     base = _read_extended(path.parent / parent, chain)
-    return merge_trees(base, tree) if isinstance(base, dict) else base
+    if not isinstance(base, dict):
+        raise InputError(f"{path}: extends: {parent}: expected a JSON object, got {type(base).__name__}")
+    return merge_trees(base, tree)
 
 
 def merge_trees(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def _format_error(problem: Any) -> str:
             section = section.model_fields[name].annotation
         return f"unknown key {key}: {suggest_name(location[-1], section.model_fields)}"
     if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}"
+        return f"{key}: {problem['ctx']['error']}".removeprefix(": ")  # a check of the top level has no key
     return f"{key}: {problem['msg']}, got {problem['input']!r}"
 
 

@@ -95,6 +95,8 @@ def _train(
     context: DistributedContext,
 ) -> Path:
     """Train on all ranks; parameters and errors are those of `train`."""
+    # An invalid model is refused before the dataset is downloaded, although only the dataset has the number of classes.
+    create_initial_model(config, num_classes=1, device=device)
     with idist.one_rank_first(local=True):  # the others find what the first one downloaded
         dataset = load_dataset(config.data, train=True)
     train_set, val_set = train_val_split(dataset, config.data.val_size, config.data.split_seed)

@@ -73,7 +73,7 @@ def test_latest_file_is_last_written_then_last_by_name(tmp_path):
     for name, modified in (("b", 100), ("a", 200), ("c", 200)):
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (modified, modified))
-    assert files.latest_file(tmp_path.iterdir()) == tmp_path / "c"
+    assert files.latest_file(sorted(tmp_path.iterdir())) == tmp_path / "c"
     assert files.latest_file([]) is None
 
 

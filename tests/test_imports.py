@@ -62,8 +62,8 @@ def check_imports(root: Path) -> list[str]:
             top, *rest = name.split(".")
             if top != PACKAGE:
                 continue
-            imported = rest[0] if rest and (root / rest[0]).with_suffix(".py").exists() else "__init__"
-            imported = rest[0] if rest and (root / rest[0]).is_dir() else imported
+            is_module = rest and ((root / rest[0]).is_dir() or (root / f"{rest[0]}.py").exists())
+            imported = rest[0] if is_module else "__init__"
             if imported != unit and LEVELS.get(imported, -1) <= LEVELS[unit]:
                 problems.append(f"{where}:{line}: {unit} must not import {imported}")
     return problems

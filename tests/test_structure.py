@@ -51,27 +51,32 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
+def imports_in(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """Yield (local name, dotted name that it stands for, dotted name that is imported) of all absolute imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                yield (alias.asname, alias.name, alias.name) if alias.asname else (top, top, alias.name)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield alias.asname or alias.name, name, name
+
+
 def private_names(source: str) -> Iterator[str]:
     """Yield the dotted private names of other libraries: imported ones, and attributes of what is imported."""
     tree, full_names = ast.parse(source), {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports = [(alias.asname or alias.name.split(".")[0], alias.name, alias.asname) for alias in node.names]
-            found = [(local, name, name if renamed else local) for local, name, renamed in imports]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found = [(alias.asname or alias.name, *[f"{node.module}.{alias.name}"] * 2) for alias in node.names]
-        else:
-            continue
-        for local, imported, bound in found:
-            if is_third_party(imported):
-                full_names[local] = bound
-                if any(is_private(part) for part in imported.split(".")):
-                    yield imported
+    for local, full_name, imported in imports_in(tree):
+        if is_third_party(imported):
+            full_names[local] = full_name
+            if any(is_private(part) for part in imported.split(".")):
+                yield imported
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            root, *parts = ast.unparse(node).split(".")
-            if root in full_names:
-                yield ".".join([full_names[root], *parts])
+            local, *parts = ast.unparse(node).split(".")
+            if local in full_names:
+                yield ".".join([full_names[local], *parts])
 
 
 def check_tree(root: Path, check: Callable[[str], Iterator[str]]) -> list[tuple[str, str]]:

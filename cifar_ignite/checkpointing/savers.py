@@ -32,10 +32,10 @@ class AtomicDiskSaver(DiskSaver):
         self._superseded: set[str] = set()
 
     def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
+        superseded, self._superseded = self._superseded - {filename}, set()
         save_checkpoint(Path(self.dirname) / filename, checkpoint)
-        for name in self._superseded - {filename}:
+        for name in superseded:
             (Path(self.dirname) / name).unlink(missing_ok=True)
-        self._superseded.clear()
 
     def remove(self, filename: str) -> None:
         self._superseded.add(filename)

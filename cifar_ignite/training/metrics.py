@@ -15,7 +15,8 @@ from cifar_ignite.training.engines import LossFn
 class Float64Loss(Loss):
     """Ignite's `Loss` accumulated in float64, so that the sum does not depend on the order of batches or ranks.
 
-    An empty batch, whose mean would be NaN, is skipped.
+    An empty batch, whose mean would be NaN, is skipped. Ignite has no public option for the dtype of the sum, which is
+    its private `_sum` (checked with Ignite 0.5.5).
     """
 
     def reset(self) -> None:

@@ -17,7 +17,7 @@ def set_options(values: Mapping[str, object]) -> list[str]:
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
-# Overrides of a run of 4 epochs, of 4 iterations each, in which everything that has a state takes part.
+# Overrides of a run of 4 epochs, of 4 iterations each, that use every object with a state.
 STATEFUL = set_options({"train.epochs": 4, "train.patience": 4, "train.ema_decay": 0.8, "train.checkpoint_every": 3})
 
 

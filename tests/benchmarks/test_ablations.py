@@ -1,0 +1,42 @@
+"""The ablation benchmark: changes are compared seed by seed, on validation images only."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from benchmarks import ablations
+from benchmarks.ablations import CHANCE_ACCURACY, UNCHANGED, change_table, last_val_acc
+from cifar_ignite.errors import NonFiniteError, TrainingError
+from tests.benchmarks.helpers import run_benchmark
+
+
+def test_ablations_compare_changes_by_seed_without_reading_the_test_set(tmp_path, tiny_file, cifar_root):
+    (cifar_root / "cifar-10-batches-py" / "test_batch").unlink()
+    changes = ["optimizer.lr=0.2 train.ema_decay=0.5", "model.dropout=0"]
+    arguments = ["--config", tiny_file, "--out", tmp_path / "ablations", "--jobs=2"]
+    done = run_benchmark("ablations", [*arguments, *(f"--change={change}" for change in changes)])
+    assert done.returncode == 0, done.stderr
+    accuracies = json.loads((tmp_path / "ablations.json").read_text())["validation_accuracy"]
+    assert list(accuracies) == [UNCHANGED, *changes]
+    assert all(len(values) == 2 for values in accuracies.values())
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "outputs" / "training_runs").glob("*/config.json")]
+    trained = Counter((run["seed"], run["optimizer"]["lr"], run["model"]["dropout"]) for run in runs)
+    settings = ((0.05, None), (0.2, None), (0.05, 0.0))
+    assert trained == {(seed, *setting): 1 for seed in (0, 1) for setting in settings}
+    difference = 100 * (np.mean(accuracies[changes[0]]) - np.mean(accuracies[UNCHANGED]))
+    assert change_table(accuracies)["difference"][1] == pytest.approx(difference)
+
+
+@pytest.mark.parametrize("error", [NonFiniteError("the gradient is not finite"), TrainingError("no space left")])
+def test_last_val_acc_of_a_diverged_run_is_chance_and_other_errors_are_raised(tiny_config, monkeypatch, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(ablations, "train", fail)
+    if isinstance(error, NonFiniteError):
+        assert last_val_acc(tiny_config()) == CHANCE_ACCURACY
+    else:
+        with pytest.raises(TrainingError):
+            last_val_acc(tiny_config())

@@ -1,0 +1,51 @@
+"""The accuracy benchmark: seeds, summary and time to an accuracy."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks.accuracy import measure, time_to_accuracy
+from tests.benchmarks.helpers import run_benchmark
+
+
+def test_accuracy_evaluates_last_weights_of_each_seed(tmp_path, tiny_file):
+    arguments = ["--config", tiny_file, "--out", tmp_path / "accuracy", "--seeds=2"]
+    done = run_benchmark("accuracy", arguments, ["seed=3", "train.ema_decay=0.5"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [row["seed"] for row in result["seeds"]] == [3, 4]
+    for row, name in zip(result["seeds"], ("tiny_seed3", "tiny_seed4"), strict=True):
+        (directory,) = (tmp_path / "outputs" / "evaluations").glob(f"{name}_val_acc_none_*")
+        metrics = json.loads((directory / "metrics.json").read_text())
+        assert row["accuracy"] == metrics["accuracy"]
+        assert row["accuracy_tta_flip"] == metrics["tta"]["accuracy"]
+        (run_dir,) = (
+            path.parent
+            for path in (tmp_path / "outputs" / "training_runs").glob("*/config.json")
+            if json.loads(path.read_text())["experiment"] == name
+        )
+        history = pd.read_csv(run_dir / "logs" / "metrics.csv")
+        assert row["seconds"] == pytest.approx(history["seconds"].sum())
+        assert history["val_acc"].isna().all()
+    accuracies = [row["accuracy"] for row in result["seeds"]]
+    assert result["summary"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert result["summary"]["accuracy"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| tiny, 2 epochs"))
+    assert f"| 2 | {100 * np.mean(accuracies):.2f}% ± {100 * np.std(accuracies, ddof=1):.2f} |" in row
+    assert "time_to_accuracy" in result
+
+
+def test_measure_without_curve_has_no_time_to_accuracy(tmp_path, tiny_config):
+    result = measure(tiny_config(train={"epochs": 1}), 1, False, tmp_path / "accuracy")
+    assert "time_to_accuracy" not in result
+    assert json.loads((tmp_path / "accuracy.json").read_text())["summary"].keys() == result["summary"].keys()
+    assert result["summary"]["accuracy"]["sd"] == 0
+
+
+def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():
+    history = pd.DataFrame({"epoch": [1, 2, 3, 4], "val_acc": [0.55, 0.82, 0.79, 0.9], "seconds": [2.0, 3.0, 4.0, 5.0]})
+    assert [(row["val_acc"], row["epoch"], row["seconds"]) for row in time_to_accuracy(history)] == [
+        (0.5, 1, 2.0), (0.6, 2, 5.0), (0.7, 2, 5.0), (0.8, 2, 5.0), (0.85, 4, 14.0), (0.9, 4, 14.0),
+    ]  # fmt: skip

@@ -1,0 +1,334 @@
+"""Distributed runs: one result, one report, one end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import ignite.distributed as idist
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import forked_jobs
+from cifar_ignite import train as train_module
+from cifar_ignite.checkpointing import savers
+from cifar_ignite.checkpointing.io import load_checkpoint
+from cifar_ignite.data import cifar10
+from cifar_ignite.data.dataset import train_val_split
+from cifar_ignite.data.loaders import EvalLoader
+from cifar_ignite.data.registry import load_dataset
+from cifar_ignite.distributed.env import DistEnv
+from cifar_ignite.distributed.process_group import distributed_context, translate_connection_errors
+from cifar_ignite.errors import InputError, TrainingError
+from cifar_ignite.models import create_model
+from cifar_ignite.training.engines import create_evaluator
+from cifar_ignite.training.forward import create_forward
+from cifar_ignite.training.metrics import attach_metrics
+from tests.distributed.conftest import TIMEOUT
+from tests.helpers import REPOSITORY, assert_same_training, only_run
+from tests.helpers.runs import call_at_iteration, latest_checkpoint, raise_disk_full, send_signal, set_options
+
+CPU = torch.device("cpu")
+# 3 epochs of 4 iterations.
+OPTIONS = {"train.epochs": 3, "train.patience": 4, "train.ema_decay": 0.8}
+RESUME = ("--resume", "latest")
+
+
+@pytest.fixture
+def train(tiny_file):
+    """A function that returns the words of a train command with further overrides."""
+    return lambda **options: ["train", "--config", tiny_file, *set_options(OPTIONS | options)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_output(tmp_path_factory):
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.fixture
+def uninterrupted(job, train, uninterrupted_output):
+    """Directory of an uninterrupted run of two ranks, which is made once."""
+    if not list(uninterrupted_output.iterdir()):
+        statuses, log = job(train(output_dir=uninterrupted_output))
+        assert statuses == [0, 0], log
+        (uninterrupted_output / "log").write_text(log)
+    return next((uninterrupted_output / "training_runs").iterdir())
+
+
+def current_rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+# --- The context --------------------------------------------------------------------------------------------------
+
+
+def test_context_of_single_process_joins_nothing():
+    with distributed_context(CPU, DistEnv()) as context:
+        assert not torch.distributed.is_initialized()
+        assert (context.env, context.cpu_group) == (DistEnv(), None)
+        assert context.duplicate_signal_window == 0
+
+
+def test_more_processes_than_gpus_are_refused_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    reports = []
+    for local_rank in (1, 2):
+        with (
+            pytest.raises(InputError, match=r"^device: more processes than GPUs \(1\)") as caught,
+            distributed_context(torch.device("cuda"), DistEnv(local_rank, local_rank, 3)),
+        ):
+            pass
+        reports.append(caught.value.should_report)
+    assert reports == [True, False]
+
+
+def test_broken_connection_names_first_line_of_cause(monkeypatch):
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    with (
+        pytest.raises(TrainingError, match=r"\(NCCL error: Duplicate GPU detected\)$") as caught,
+        translate_connection_errors(),
+    ):
+        raise RuntimeError("NCCL error: Duplicate GPU detected\nlong trace")
+    assert caught.value.peer_lost
+
+
+def test_connection_errors_of_single_process_are_not_translated():
+    with pytest.raises(RuntimeError, match="^no connection$"), translate_connection_errors():
+        raise RuntimeError("no connection")
+
+
+# --- One result ---------------------------------------------------------------------------------------------------
+
+
+def test_only_rank_0_writes_and_logs(uninterrupted, uninterrupted_output):
+    log = (uninterrupted_output / "log").read_text()
+    for line in ("device      cpu, ", "world size 2", "run         ", "epoch 1/3", "done after epoch 3"):
+        assert log.count(line) == 1, line
+    assert (uninterrupted / "logs" / "training.log").read_text().count("epoch 3/3") == 1
+    assert len(list((uninterrupted_output / "training_runs").iterdir())) == 1
+    assert len(list((uninterrupted / "logs" / "tensorboard").iterdir())) == 1
+    assert pd.read_csv(uninterrupted / "logs" / "metrics.csv")["epoch"].tolist() == [1, 2, 3]
+    assert not list(uninterrupted.rglob("*.tmp"))
+
+
+def test_saved_validation_metrics_are_those_of_saved_model(uninterrupted, tiny_config):
+    """Both ranks validate with the BatchNorm statistics that rank 0 saves."""
+    checkpoint, config = load_checkpoint(latest_checkpoint(uninterrupted)), tiny_config()
+    model = create_model(num_classes=10, **config.model.model_dump())
+    model.load_state_dict(checkpoint["ema"])
+    _, val_set = train_val_split(load_dataset(config.data, train=True), config.data.val_size, config.data.split_seed)
+    evaluator = create_evaluator(model, create_forward(model, CPU, torch.float32))
+    attach_metrics(evaluator, F.cross_entropy, CPU)
+    metrics = evaluator.run(EvalLoader(val_set, batch_size=32, augment=config.augment)).metrics
+    last_epoch = checkpoint["record"].history[-1]
+    assert metrics["accuracy"] == last_epoch["val_acc"]
+    assert metrics["loss"] == pytest.approx(last_epoch["val_loss"], rel=1e-2)  # bf16 if the CPU has it
+
+
+def test_dataset_is_loaded_by_local_rank_0_first(job, train, tmp_path, monkeypatch):
+    """The other ranks find what it has downloaded."""
+    original, marker = train_module.load_dataset, tmp_path / "downloaded"
+
+    def load(config, **options):
+        if current_rank() == 0:
+            time.sleep(0.5)
+            marker.touch()
+        assert marker.exists()
+        return original(config, **options)
+
+    monkeypatch.setattr(train_module, "load_dataset", load)
+    statuses, log = job(train(**{"train.epochs": 1}))
+    assert statuses == [0, 0], log
+
+
+def test_evaluation_by_two_ranks_equals_that_by_one(command, job, tiny_file, tmp_path):
+    assert command("train", "--config", tiny_file)[0] == 0
+    evaluations, words = tmp_path / "outputs" / "evaluations", ["evaluate", "--tta", "shift"]
+    assert command(*words)[0] == 0
+    (single,) = evaluations.iterdir()
+    statuses, log = job(words)
+    assert statuses == [0, 0], log
+    (distributed,) = set(evaluations.iterdir()) - {single}
+    for name in ("metrics.json", "predictions.csv", "predictions_tta_shift.csv", "confusion_matrix.png"):
+        assert (single / name).read_bytes() == (distributed / name).read_bytes()
+
+
+# --- One end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iteration", [6, 8])  # 8 is the last iteration of its epoch
+@pytest.mark.parametrize("receiver", [0, 1])
+def test_signal_to_one_rank_stops_all_and_any_world_size_resumes(
+    job, train, tmp_path, monkeypatch, uninterrupted, receiver, iteration
+):
+    with monkeypatch.context() as patched:
+        call_at_iteration(patched, iteration, lambda: send_signal() if current_rank() == receiver else None)
+        statuses, log = job(train())
+    assert statuses == [143, 143], log
+    assert log.count("cifar_ignite: ") == 1
+    assert f"cifar_ignite: stopped by SIGTERM after epoch {(iteration - 1) // 4}, iteration {iteration}; " in log
+    metrics = load_checkpoint(only_run(tmp_path) / "checkpoints" / f"latest_{iteration:09d}.pt")["metrics"]
+    for metric in metrics.values():
+        ((state,),) = metric.values()
+        assert state["_num_examples"] == {6: 64, 8: 100}[iteration]
+    shutil.copytree(tmp_path / "outputs", tmp_path / "copy")
+    statuses, log = job([*train(), *RESUME])
+    assert statuses == [0, 0], log
+    assert_same_training(uninterrupted, only_run(tmp_path))
+    if receiver:
+        return
+    # One and three processes resume too; they share the images differently, and so compute other BatchNorm statistics.
+    expected = pd.read_csv(uninterrupted / "logs" / "metrics.csv")
+    for world_size in (1, 3):
+        shutil.rmtree(tmp_path / "outputs")
+        shutil.copytree(tmp_path / "copy", tmp_path / "outputs")
+        statuses, log = job([*train(), *RESUME], world_size)
+        assert statuses == [0] * world_size, log
+        table = pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv")
+        assert table["epoch"].tolist() == [1, 2, 3]
+        assert table["lr"].tolist() == expected["lr"].tolist()
+        assert table["train_loss"][0] == expected["train_loss"][0] or iteration == 8
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_rank_ends_all_and_resume_is_bit_identical(job, train, tmp_path, monkeypatch, uninterrupted, killed):
+    with monkeypatch.context() as patched:
+        call_at_iteration(patched, 7, lambda: send_signal(signal.SIGKILL) if current_rank() == killed else None)
+        started = time.monotonic()
+        statuses, log = job(train(**{"train.save_every_seconds": 0}))
+    assert time.monotonic() - started < TIMEOUT / 2
+    assert sorted(statuses) == [-9, 1]
+    # The store that decides which rank reports is on rank 0.
+    assert log.count("cifar_ignite: ") == killed
+    if killed:
+        assert "another process of this run exited" in log
+        assert "latest_000000006.pt" in log
+    statuses, log = job([*train(), *RESUME])
+    assert statuses == [0, 0], log
+    assert_same_training(uninterrupted, only_run(tmp_path))
+
+
+def test_full_disk_ends_all_ranks(job, train, monkeypatch):
+    monkeypatch.setattr(savers, "save_checkpoint", raise_disk_full)
+    statuses, log = job(train(**{"train.max_save_failures": 0}))
+    assert statuses == [1, 1], log
+    assert log.count("cifar_ignite: ") == 1
+    assert "No space left on device" in log
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data.root": "nowhere"}, "CIFAR-10"),
+        ({"data.dataset": "mnist"}, "data.dataset: unknown dataset 'mnist'"),
+        ({"data.batch_size": 1}, "data.batch_size: 1 images cannot be split over 2 processes"),
+        ({"train.sync_batch_norm": "true"}, "train.sync_batch_norm: requires GPUs"),
+        ({"output_dir": "tiny.json"}, "output_dir: cannot write to"),
+        ({"device": "cuda"}, "device: torch finds no CUDA GPU"),
+    ],
+    ids=str,
+)
+def test_invalid_input_is_reported_once(job, train, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar10, "download_and_extract_archive", raise_disk_full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    statuses, log = job(train(**options))
+    assert 2 in statuses
+    assert set(statuses) <= {1, 2}  # 1: because the other one exited
+    assert log.count("cifar_ignite: ") == 1, log
+    assert message in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "status", "message"),
+    [
+        ("create_loaders", MemoryError(), 1, "out of memory (MemoryError)"),
+        ("resolve_resume", InputError("latest.pt: damaged"), 2, "latest.pt: damaged"),
+    ],
+)
+def test_failure_of_one_rank_ends_all_and_is_reported_once(job, train, monkeypatch, function, error, status, message):
+    original = getattr(train_module, function)
+
+    def fail(*arguments):
+        if current_rank() == 1:
+            raise error
+        return original(*arguments) if function == "create_loaders" else None
+
+    monkeypatch.setattr(train_module, function, fail)
+    statuses, log = job([*train(), *(RESUME if status == 2 else ())])
+    assert statuses == [1, status], log
+    assert log.count("cifar_ignite: ") == 1, log
+    assert message in log
+
+
+# --- Launchers ----------------------------------------------------------------------------------------------------
+
+
+def test_slurm_starts_ranks(train, tmp_path):
+    """As srun does, without RANK and MASTER_ADDR."""
+    log = tmp_path / "srun.log"
+    environ = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    words = [str(word) for word in train(**{"train.epochs": 1})]
+    pids = [
+        forked_jobs.start_process(words, log, environ=environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)
+    ]
+    assert [forked_jobs.wait(pid, TIMEOUT) for pid in pids] == [0, 0], log.read_text()
+    assert log.read_text().count("world size 2") == 1
+    assert log.read_text().count("done after epoch 1") == 1
+
+
+KILLED_ONCE = """
+import os, signal, sys
+from ignite.engine import Events
+from cifar_ignite.cli import main
+from cifar_ignite.training import handlers
+
+original = handlers.attach_stop_check
+
+def attach(trainer, *rest):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=7), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    original(trainer, *rest)
+
+handlers.attach_stop_check = attach
+sys.exit(main(sys.argv[2:]) or main(["evaluate", "--set", "output_dir=" + sys.argv[1]]))
+"""
+
+
+def test_job_restarted_by_torchrun_resumes_its_own_run(train, tmp_path, uninterrupted):
+    """Rank 1 is killed once. After training, the same processes join again to evaluate."""
+    script, output_dir = tmp_path / "killed_once.py", tmp_path / "outputs"
+    script.write_text(KILLED_ONCE)
+    # A later run of the same experiment that is not this job's.
+    other = output_dir / "training_runs" / "other"
+    shutil.copytree(uninterrupted, other)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, script, output_dir, *map(str, train(**{"train.save_every_seconds": 0}))],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "restarted by torchrun (1): resuming " in done.stdout
+    assert "resuming after epoch 1, iteration 6, from " in done.stdout
+    assert done.stdout.count("test accuracy") == 1
+    (run_dir,) = set((output_dir / "training_runs").iterdir()) - {other}
+    assert_same_training(uninterrupted, run_dir)
+    assert json.loads((run_dir / "config.json").read_text())["train"]["epochs"] == 3

@@ -1,0 +1,82 @@
+"""The Makefile: thin calls of the command line, whatever is typed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cifar_ignite.config_io import load_config
+from tests.helpers import REPOSITORY
+
+
+def make(*arguments):
+    return subprocess.run(["make", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_make_without_target_prints_help():
+    out = make().stdout
+    for target in ("demo", "test", "train", "evaluate", "predict", "export", "compare", "doctor", "docs", "lint"):
+        assert f"make {target}" in out
+
+
+def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
+    output_dir = tmp_path / "it's here"
+    done = make(
+        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}", f"VIRTUAL_ENV={sys.prefix}",
+        "SET=data.synthetic.train_size=80 data.val_size=20 model.width=2 train.log_every=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (output_dir / "training_runs").iterdir()
+    config = load_config(run_dir / "config.json")
+    assert (config.train.epochs, config.seed, config.model.width) == (1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (["train", "MODEL=stochastic"], "--config 'configs/stochastic.json'"),
+        (["train", "MODEL=se", "RECIPE=fast"], "--config 'configs/se_fast.json'"),
+        (["train", "DATA=synthetic"], "--set experiment='se_synthetic'"),
+        (["evaluate", "RECIPE=fast"], "--model 'se_fast'"),
+        (["evaluate", "TTA=1"], "evaluate --tta 'flip'"),
+        (["evaluate", "TTA=shift"], "evaluate --tta 'shift'"),
+        (["predict", "IMAGES=it's here/a b.png", "TTA=1"], r"predict --tta 'flip' -- 'it'\''s here/a b.png'"),
+        (["predict", "IMAGES=-x", "MODEL=hybrid"], "predict --model 'hybrid' -- '-x'"),
+        (["export", "MODEL=se", "RECIPE=best"], "export --model 'se_best'"),
+        (["export", "CHECKPOINT=a b.pth"], "export --checkpoint 'a b.pth'"),
+        (["compare", "OUTPUT_DIR=a b"], "compare --set output_dir='a b'"),
+        (["doctor", "DATA_DIR=a b"], "doctor --set data.root='a b'"),
+        (["tensorboard", "OUTPUT_DIR=a b"], "--logdir 'a b/training_runs'"),
+        (["demo", "SET=data.val_size=9"], "evaluate --model demo --set 'data.val_size=9'"),
+        (
+            [".venv/.stamp", "TORCH_INDEX=https://a/b", "VIRTUAL_ENV=", "-B"],
+            "--index-url 'https://a/b' torch torchvision",
+        ),
+        (["train", "DATA=cifar10"], "--set data.dataset='cifar10'"),
+        (["train", "RESUME=latest"], "--resume 'latest'"),
+        (["train", "DATA_DIR=/a b/it's"], r"--set data.root='/a b/it'\''s'"),
+        (["train", "SET=optimizer.lr=0.1 augment.cutmix_p=0"], "--set 'optimizer.lr=0.1' --set 'augment.cutmix_p=0'"),
+        (["evaluate", "MODEL=se", "DATA=synthetic"], "--model 'se_synthetic'"),
+        (["evaluate", "CHECKPOINT=$(HOME)", "TEST_FILE=b c"], "--checkpoint '$(HOME)' --test-file 'b c'"),
+    ],
+)
+def test_make_variable_becomes_option(variables, expected):
+    out = make("-n", *variables).stdout
+    assert expected in " ".join(out.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("target", ["train", "evaluate"])
+def test_make_nproc_starts_torchrun(target):
+    out = make("-n", target, "NPROC=2").stdout
+    assert "n='2'" in out
+    assert '-m torch.distributed.run --standalone --nproc_per_node="$n" -m cifar_ignite ' + target in out
+    assert "torch.distributed" not in make("-n", target).stdout
+
+
+@pytest.mark.parametrize("nproc", ["0", "-1", "two", "2x", "1.5", "2; echo oh", "'"])
+def test_make_nproc_that_is_not_a_number_is_refused(nproc):
+    done = make("train", f"NPROC={nproc}")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("cifar_ignite: NPROC: ")]
+    assert line.endswith(f"got {nproc}")
+    assert "Traceback" not in done.stderr

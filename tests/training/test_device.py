@@ -1,0 +1,90 @@
+"""Choice of device and precision."""
+
+import pytest
+import torch
+
+from cifar_ignite.errors import InputError
+from cifar_ignite.training.device import (
+    device_check_interval,
+    dtype_name,
+    enable_deterministic_algorithms,
+    resolve_amp_dtype,
+    select_device,
+)
+from tests.training.helpers import CPU
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_gpu", "expected"),
+    [("auto", True, CUDA), ("auto", False, CPU), ("cpu", True, CPU), ("cpu", False, CPU), ("cuda", True, CUDA)],
+)
+def test_select_device_returns_gpu_if_there_is_one(monkeypatch, name, has_gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert select_device(name) == expected
+
+
+def test_select_device_refuses_missing_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"^device: "):
+        select_device("cuda")
+
+
+def test_select_device_has_no_side_effects(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    select_device("auto")
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_enable_deterministic_algorithms_sets_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    enable_deterministic_algorithms()
+    assert torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_resolve_amp_dtype_follows_explicit_precision(precision, expected):
+    assert resolve_amp_dtype(precision, CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_tile": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_tile": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_tile": False}, torch.float32),
+        ({"architecture": "aarch64"}, torch.float32),
+    ],
+)
+def test_resolve_amp_dtype_auto_follows_cpu_capabilities(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_amp_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("has_avx512_bf16", "has_amx", "expected"),
+    [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
+def test_resolve_amp_dtype_auto_works_without_public_capabilities(monkeypatch, has_avx512_bf16, has_amx, expected):
+    """As in torch 2.11."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+    assert resolve_amp_dtype("auto", CPU) == expected
+
+
+def test_resolve_amp_dtype_auto_ignores_emulated_bf16_of_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert resolve_amp_dtype("auto", CUDA) == torch.float32
+
+
+def test_dtype_name_has_no_module():
+    assert dtype_name(torch.bfloat16) == "bfloat16"
+
+
+def test_device_check_interval_is_one_on_cpu():
+    assert device_check_interval(CPU, 20) == 1
+    assert device_check_interval(CUDA, 20) == 20
