@@ -1,6 +1,7 @@
 """Configuration files: JSON with "extends", `section.key=value` overrides, one-line errors, generated documentation."""
 
 import contextlib
+import copy
 import difflib
 import json
 from collections.abc import Iterable
@@ -53,6 +54,7 @@ def parse_config(tree: Any, source: str, overrides: Iterable[str] = ()) -> Confi
     """
     if not isinstance(tree, dict):
         raise InputError(f"{source}: expected a JSON object of configuration sections, got {type(tree).__name__}")
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
     try:

@@ -1,6 +1,5 @@
 """Resuming: finding the full checkpoint to continue from, and checking that it belongs to the requested run."""
 
-import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -185,7 +184,7 @@ def resolve_resume(config: Config, resume: str, overrides: Sequence[str], allow_
     saved_tree = parse_config(saved["record"].config if saved else read_run_config(run_dir), source).model_dump(
         mode="json"
     )
-    run_config = parse_config(copy.deepcopy(saved_tree), source, overrides)
+    run_config = parse_config(saved_tree, source, overrides)
     # The directory may have been moved since.
     is_inside = run_dir is not None and run_dir.parent.name == "training_runs"
     output_dir = run_dir.parent.parent if run_dir is not None and is_inside else config.output_dir
