@@ -1,1 +1,1 @@
-"""Measurements anyone can run: `python -m benchmarks.NAME --help`. The figures are kept in RESULTS.md."""
+"""Benchmarks that anyone can run: `python -m benchmarks.NAME --help`."""

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything that is worth measuring on a machine with a GPU, in one command of at most ten minutes, without a network:
+# Run all benchmarks that matter on a machine with a GPU: one command, at most ten minutes, no network.
 #
 #   benchmarks/gpu.sh OUT DATA
 #
-# OUT gets JSON files, pictures and logs. DATA holds cifar-10-batches-py, or is cifar-10-python.tar.gz.
-# Variables: PYTHON (python3); LIMIT, seconds in all (570); BENCH, seconds a comparison (40; 0 for none); IMAGES (50000);
-# ITERATIONS a turn (20); RUNS, "recipe:seeds" in order, as many as fit; EPOCHS (the recipe's own);
-# UNPACK, a command that writes cifar-10-batches-py into the folder that is appended to it (then DATA is that folder).
-# Whatever fails is told and the rest goes on; the exit status is 1 if anything failed.
+# OUT: directory for JSON files, figures and logs. DATA: directory of cifar-10-batches-py, or cifar-10-python.tar.gz.
+# Variables: PYTHON (python3); LIMIT, seconds in total (570); BENCH, seconds per comparison (40; 0 for none); IMAGES
+# (50000); ITERATIONS per round (20); RUNS, "recipe:seeds" in order, as many as fit; EPOCHS (the recipe's own); SET, one
+# more override; UNPACK, a command that writes cifar-10-batches-py to the directory appended to it (DATA is then that
+# directory).
+# A failing step is reported and the next one starts; the exit status is 1 if any step failed.
 set -uo pipefail
 out=$(mkdir -p "${1:?OUT DATA}" && cd "$1" && pwd) || exit 2
 data=$(realpath -m "${2:?OUT DATA}")
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-40} failed=0
 runs=${RUNS:-se_fast:5 stochastic_fast:5}
 
-attempt() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.log; never longer than the time left
+run_step() { # NAME COMMAND...: output goes to the terminal and to OUT/NAME.log; stopped when the time is up
 	local name=$1 left=$((limit - SECONDS))
 	shift
 	if ((left < 20)); then
@@ -29,9 +30,9 @@ attempt() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.l
 }
 
 if [[ -n ${UNPACK:-} ]]; then
-	attempt unpack $UNPACK "$data"
+	run_step unpack $UNPACK "$data"
 elif [[ -f $data ]]; then
-	mkdir -p "$out/.data" && attempt unpack tar -xzf "$data" -C "$out/.data"
+	mkdir -p "$out/.data" && run_step unpack tar -xzf "$data" -C "$out/.data"
 	data=$out/.data
 fi
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")' |
@@ -41,18 +42,18 @@ cases="128:off 128:on 512:off 512:on"
 ((bench == 0)) && cases=
 for case in $cases; do
 	batch=${case%:*} compile=${case#*:}
-	# The batch sizes are scaled once.
+	# Other batch sizes and dataset sizes are measured once.
 	sizes=(--batch-sizes --dataset-sizes)
 	[[ $case == 128:off ]] && sizes=()
-	attempt "throughput_${batch}_${compile}" "$python" -m benchmarks.throughput --images "${IMAGES:-50000}" \
+	run_step "throughput_${batch}_${compile}" "$python" -m benchmarks.throughput --images "${IMAGES:-50000}" \
 		--iterations "${ITERATIONS:-20}" --seconds "$bench" --profile --out "$out/throughput_${batch}_${compile}" \
 		--set "data.batch_size=$batch" --set "compile=$compile" "${sizes[@]}" ${SET:+--set "$SET"}
 done
 
 for run in $runs; do
 	recipe=${run%:*} seeds=${run#*:}
-	# FILE.json holds the seeds that were done, if time runs out.
-	attempt "accuracy_$recipe" "$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" \
+	# If time runs out, FILE.json holds the seeds that are done.
+	run_step "accuracy_$recipe" "$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" \
 		--out "$out/accuracy_$recipe" ${EPOCHS:+--set "train.epochs=$EPOCHS"} --set "data.root=$data" \
 		--set "output_dir=$out/.runs" ${SET:+--set "$SET"}
 done

@@ -1,11 +1,12 @@
-"""Images a second by the number of processes on this machine, and what keeping them together costs.
+"""Images per second by the number of processes on this machine, and the cost of their communication.
 
     python -m benchmarks.scaling --processes 1 2 --rounds 3 --seconds 60 --out FILE
 
-Rows come in turns, so that what else the machine does meets all of them: a plain process with all cores, and torchrun
-with so many processes, which share the cores, or have a GPU each. Images are random. Each row trains as `train.fit`
-does for the given seconds. Then the mean of the gradients, the signals' agreement and the augmentation of a whole batch
-are timed alone, and the memory of all processes is summed: PSS, in which a shared page counts once.
+Rows are measured alternately, so that a disturbance of the machine affects all of them: a plain process with all cores,
+and torchrun with each number of processes, which share the cores or have one GPU each. Images are random. Each row runs
+the training iteration of the train command for the given seconds. Then the all-reduce of the gradients, the check for
+signals and the augmentation of a global batch are timed separately, and the memory of all processes is summed (PSS
+counts a shared page once).
 """
 
 import argparse
@@ -24,114 +25,144 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from benchmarks.throughput import Setup, project_turn, random_images
-from cifar_ignite import processes
-from cifar_ignite.config import Config, InputError, load_config
-from cifar_ignite.engines import select_device, weigh
+from benchmarks.measuring import synchronize
+from benchmarks.options import create_out, create_parser, exit_on_error, write_json
+from benchmarks.workloads import Setup, create_setup, project_workload, random_dataset
+from cifar_ignite.config import Config
+from cifar_ignite.config_io import load_config
+from cifar_ignite.distributed.collectives import all_reduce_max
+from cifar_ignite.distributed.env import dist_env_from_environ
+from cifar_ignite.distributed.process_group import DistributedContext, distributed_context
+from cifar_ignite.training.device import select_device
 
-WARM_UP = 3
+ITERATIONS = 3
 REPEATS = 20
 
 
-def median_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: the median of so many."""
-    taken = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return 1000 * statistics.median(taken)
+# --- One row, in all of its processes -----------------------------------------------------------------------------
 
 
-def measure(config: Config, images: int, seconds: float) -> dict[str, float]:
-    """One row, by all processes together."""
+def measure_row(options: argparse.Namespace, config: Config) -> None:
+    """Measure one row together with the other ranks; rank 0 writes it to `options.row`."""
     device = select_device(config.device)
-    with processes.joined(device):
-        (shared,) = processes.load_once(lambda: [random_images(images)])
-        setup = Setup(config, shared)
-        several, loader = idist.get_world_size() > 1, setup.loader
-        if several:
-            setup.loss_fn = weigh(setup.loss_fn, lambda: loader.weight)
-            synchronised = config.train.sync_batch_norm
-            setup.forward = processes.wrap(setup.model, setup.forward, device, sync_batch_norm=synchronised)
-        turn = project_turn(setup, WARM_UP)
-        turn()
-        done, began, goes_on = 0, time.perf_counter(), True
-        while goes_on:
-            done += turn()
-            goes_on = time.perf_counter() - began < seconds
-            goes_on = bool(processes.agree(goes_on)) if several else goes_on
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        row: dict[str, float] = {"images/s": done / (time.perf_counter() - began)}
-        rows = torch.arange(config.data.batch_size, device=device) % len(loader.images)
-        batch, labels, mirrored = loader.images[rows], loader.labels[rows], rows % 2 == 0
-        row["augmentation ms"] = median_ms(lambda: loader.augment(batch, labels, 0, mirrored), device)
-        if several:
-            gradients = torch.cat([parameter.detach().flatten() for parameter in setup.model.parameters()])
-            row["gradients MB"] = gradients.numel() * gradients.element_size() / 1e6
-            row["mean of gradients ms"] = median_ms(lambda: dist.all_reduce(gradients), device)
-            row["agreement ms"] = median_ms(lambda: processes.agree(0), device)
-        return row | memory()
+    with distributed_context(device, dist_env_from_environ()) as context:
+        setup = create_setup(config, random_dataset(options.images))
+        row = {
+            "images/s": measure_rate(setup, options.seconds, context),
+            "augmentation ms": time_augmentation(setup),
+            **(time_communication(setup, context) if context.env.is_distributed else {}),
+            **total_memory(),
+        }
+        if context.env.is_primary:
+            options.row.write_text(json.dumps(row))
 
 
-def memory() -> dict[str, float]:
-    """MB of all processes: as each has them (RSS), and with shared pages counted once (PSS). Linux only."""
+def measure_rate(setup: Setup, seconds: float, context: DistributedContext) -> float:
+    """Return the images per second of all ranks together."""
+    workload = project_workload(setup, ITERATIONS)
+    workload()
+    count, started, is_due = 0, time.perf_counter(), True
+    while is_due:
+        count += workload()
+        is_due = bool(all_reduce_max(int(time.perf_counter() - started < seconds), context.cpu_group))
+    synchronize(setup.device)
+    return count / (time.perf_counter() - started)
+
+
+def time_augmentation(setup: Setup) -> float:
+    """Return the milliseconds that the augmentation of one global batch takes."""
+    loader = setup.loader
+    rows = torch.arange(loader.batch_size, device=setup.device) % len(loader.images)
+    images, labels, flip_mask = loader.images[rows], loader.labels[rows], rows % 2 == 0
+    return median_ms(lambda: loader.transform(images, labels, 0, flip_mask), setup.device)
+
+
+def time_communication(setup: Setup, context: DistributedContext) -> dict[str, float]:
+    """Return the size of the gradients, and the milliseconds of their all-reduce and of a check for signals."""
+    gradients = torch.cat([parameter.detach().flatten() for parameter in setup.model.parameters()])
+    return {
+        "gradients MB": gradients.numel() * gradients.element_size() / 1e6,
+        "gradient all-reduce ms": median_ms(lambda: dist.all_reduce(gradients), setup.device),
+        "signal check ms": median_ms(lambda: all_reduce_max(0, context.cpu_group), setup.device),
+    }
+
+
+def median_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Return the median milliseconds of a call."""
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
+def total_memory() -> dict[str, float]:
+    """Return the memory of all ranks in MB: the sum of RSS, and of PSS, which counts a shared page once. Linux only."""
     path = Path("/proc/self/smaps_rollup")
     lines = [line.split() for line in path.read_text().splitlines()[1:]] if path.exists() else []
     kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
     return {f"{name} MB": float(idist.all_reduce(kilobytes.get(name, 0))) / 1000 for name in ("Rss", "Pss")}
 
 
-def launch(count: int | None, arguments: list[str], out: Path) -> dict[str, float]:
-    """One row in processes of its own: plain for None, or by torchrun."""
-    cores = os.cpu_count() or 1
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // (count or 1)))}
+# --- All rows -----------------------------------------------------------------------------------------------------
+
+
+def measure_all(options: argparse.Namespace) -> pd.DataFrame:
+    """Return one row per number of processes: medians over the rounds, lowest and highest images per second."""
+    rows: list[dict[str, float | str]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(options.rounds):
+            for count in (None, *options.processes):
+                name = f"torchrun, {count}" if count else "plain process"
+                rows.append({"launch": name, **launch_row(count, options, Path(directory) / "row.json")})
+    groups = pd.DataFrame(rows).groupby("launch", sort=False)
+    table = groups.median()
+    table.insert(1, "lowest", groups["images/s"].min())
+    table.insert(2, "highest", groups["images/s"].max())
+    return table
+
+
+def launch_row(count: int | None, options: argparse.Namespace, path: Path) -> dict[str, float]:
+    """Measure one row in new processes: `count` under torchrun, or a plain one for None.
+
+    Raises:
+        CalledProcessError: If the processes fail.
+    """
+    environ = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (count or 1)))}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count else []
-    words = [sys.executable, *torchrun, "-m", "benchmarks.scaling", *arguments, "--row", str(out)]
-    subprocess.run(words, env=environment, check=True)
-    row: dict[str, float] = json.loads(out.read_text())
+    arguments = ["--config", options.config, "--images", options.images, "--seconds", options.seconds, "--row", path]
+    arguments += [word for override in options.overrides for word in ("--set", override)]
+    words = [sys.executable, *torchrun, "-m", "benchmarks.scaling", *arguments]
+    subprocess.run([str(word) for word in words], env=environ, check=True)
+    row: dict[str, float] = json.loads(path.read_text())
     return row
 
 
+def parse_options() -> argparse.Namespace:
+    parser = create_parser("scaling", __doc__, "configs/se.json")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=int, default=50_000, help="training images (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="seconds per row and round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each row (default: %(default)s)")
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # set in the processes of one row
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", type=Path, default=Path("configs/se.json"), help="the training (default: se)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the rows (default: 1 2)")
-    parser.add_argument("--images", type=int, default=50_000, help="in the training set (default: 50000)")
-    parser.add_argument("--seconds", type=float, default=30, help="of training a row and round (default: 30)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each row is measured (default: 3)")
-    parser.add_argument("--out", type=Path, help="write the medians to FILE.json")
-    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # a process that measures writes there
-    options = parser.parse_args()
-    try:
-        config = load_config(options.config, ["data.validation=0", "compile=off", *options.set])
-    except InputError as error:
-        parser.exit(2, f"scaling: {error}\n")
-    if options.row:
-        row = measure(config, options.images, options.seconds)
-        if os.environ.get("RANK", "0") == "0":
-            options.row.write_text(json.dumps(row))
-        return 0
-    arguments = ["--config", str(options.config), "--images", str(options.images), "--seconds", str(options.seconds)]
-    arguments += [word for override in options.set for word in ("--set", override)]
-    measured: list[dict[str, float | str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for count in (None, *options.processes):
-                what = f"torchrun, {count}" if count else "plain process"
-                measured.append({"what": what} | launch(count, arguments, Path(folder) / "row.json"))
-    table = pd.DataFrame(measured)
-    speeds = table.groupby("what", sort=False)["images/s"]
-    medians = table.groupby("what", sort=False).median()
-    medians.insert(1, "lowest", speeds.min())
-    medians.insert(2, "highest", speeds.max())
-    print(medians.to_string(float_format=lambda value: f"{value:.1f}", na_rep="-"))
-    if options.out:
-        options.out.with_suffix(".json").write_text(medians.to_json(orient="index", indent=2) + "\n")
+    options = parse_options()
+    with exit_on_error("scaling"):
+        config = load_config(options.config, ["data.val_size=0", "compile=off", *options.overrides])
+        if options.row:
+            measure_row(options, config)
+            return 0
+        table = measure_all(options)
+    print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
+    path = write_json(create_out(options.out, "scaling"), json.loads(table.to_json(orient="index")))
+    print(f"\nwritten: {path}")
     return 0
 
 

@@ -1,0 +1,67 @@
+"""Interleaved measurement: workloads alternate in one process, so that a disturbance of the machine affects all."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+import torch
+from torch.profiler import ProfilerActivity
+
+Workload = Callable[[], int]
+"""Does some work and returns the number of images that it processed."""
+
+MIN_ROUNDS = 3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_rates(workloads: Mapping[str, Workload], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Run the workloads alternately, after one round to warm up.
+
+    Args:
+        workloads: Workloads by name.
+        device: Device that they run on.
+        seconds: Duration of the measurement; at least `MIN_ROUNDS` rounds are made.
+
+    Returns:
+        Images per second of each workload, one value per round.
+    """
+    for workload in workloads.values():
+        workload()
+    rates: dict[str, list[float]] = {name: [] for name in workloads}
+    deadline, rounds = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline or rounds < MIN_ROUNDS:
+        for name, workload in workloads.items():
+            synchronize(device)
+            started = time.perf_counter()
+            count = workload()
+            synchronize(device)
+            rates[name].append(count / (time.perf_counter() - started))
+        rounds += 1
+    return rates
+
+
+def rate_table(rates: Mapping[str, list[float]]) -> pd.DataFrame:
+    """Return one row per workload: median, lowest and highest images per second."""
+    rows = [
+        {"workload": name, "images/s": statistics.median(values), "lowest": min(values), "highest": max(values)}
+        for name, values in rates.items()
+    ]
+    return pd.DataFrame(rows, columns=["workload", "images/s", "lowest", "highest"])
+
+
+def profile(workload: Workload, device: torch.device) -> str:
+    """Return a table of the operators with the largest time of their own, after one run to warm up."""
+    workload()
+    is_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        workload()
+        synchronize(device)
+    column = "self_cuda_time_total" if is_cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60)

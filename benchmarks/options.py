@@ -1,0 +1,68 @@
+"""Options, output files and error handling that the benchmarks share."""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cifar_ignite.errors import InputError, TrainingError
+
+
+def create_parser(name: str, description: str | None, config: str) -> argparse.ArgumentParser:
+    """Return a parser with --config, --set (stored as `overrides`) and --out.
+
+    Args:
+        name: Name of the benchmark's module.
+        description: Docstring of the module; its first line is shown.
+        config: Default configuration file.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=first_line(description))
+    parser.add_argument("--config", type=Path, default=Path(config), help="configuration (default: %(default)s)")
+    add_overrides(parser)
+    parser.add_argument("--out", type=Path, help="output files, FILE.json etc. (default: in a temporary directory)")
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add --set, stored as `overrides`."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="override one configuration key; may be repeated",
+    )
+
+
+def first_line(docstring: str | None) -> str:
+    """Return the first line of a docstring, which `python -OO` removes."""
+    return (docstring or "").partition("\n")[0]
+
+
+@contextlib.contextmanager
+def exit_on_error(name: str) -> Iterator[None]:
+    """Print an InputError or a TrainingError as one line on stderr, "name: message", and exit with its status."""
+    try:
+        yield
+    except (InputError, TrainingError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+def create_out(out: Path | None, name: str) -> Path:
+    """Return the path of the output files without suffix, in an existing directory; None is a temporary one."""
+    out = out or Path(tempfile.mkdtemp()) / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_json(out: Path, result: dict[str, Any]) -> Path:
+    """Write or replace {out}.json, and return its path."""
+    path = out.with_name(f"{out.name}.json")
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
