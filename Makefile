@@ -84,7 +84,7 @@ accuracy: $(environment) ## Measure test accuracy over seeds, all training image
 
 test: $(environment) ## Run the tests
 	@$(run) -c 'import pytest' || { echo "the active environment lacks the developer tools: pip install -e '.[dev]'" >&2; exit 2; }
-	$(run) -m pytest
+	OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(environment) ## Check style and types (ruff, mypy)
 	$(run) -m ruff check .
