@@ -216,8 +216,8 @@ class TrainConfig(Section):
     patience: Count | None = 50
     """epochs without a higher validation accuracy before early stopping; null is off"""
     log_every: Annotated[Count, Resume.SAFE] = 20
-    """iterations between updates of the progress bar; on a GPU also between gradient checks, and with several
-    processes between checks of signals and of the clock"""
+    """iterations between updates of the progress bar; on a GPU also between gradient checks, and in distributed runs
+    between checks of signals and of the clock"""
 
 
 class Config(Section):

@@ -24,12 +24,12 @@ def _one_thread() -> None:
 @pytest.fixture
 def cifar_root(tmp_path: Path) -> Path:
     """data/cifar-10-batches-py with 5 x 24 training and 30 test images."""
-    folder = tmp_path / "data" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
+    directory = tmp_path / "data" / "cifar-10-batches-py"
+    directory.mkdir(parents=True)
     for number in range(1, 6):
-        write_batch(folder / f"data_batch_{number}", 24, number)
-    write_batch(folder / "test_batch", 30, 9)
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [c.encode() for c in CIFAR10_CLASSES]}))
+        write_batch(directory / f"data_batch_{number}", 24, number)
+    write_batch(directory / "test_batch", 30, 9)
+    (directory / "batches.meta").write_bytes(pickle.dumps({b"label_names": [c.encode() for c in CIFAR10_CLASSES]}))
     return tmp_path / "data"
 
 

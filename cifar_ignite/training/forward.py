@@ -54,7 +54,7 @@ def should_compile(config: Config, device: torch.device, iterations: int) -> boo
 
 
 def create_training_forward(config: Config, model: nn.Module, loader: TrainLoader, amp_dtype: torch.dtype) -> Forward:
-    """Return the forward pass of training, compiled and warmed up if the configuration says so.
+    """Return the forward pass of training, compiled and warmed up if the configuration requests it.
 
     Raises:
         TrainingError: If compilation fails and was requested (compile="on").
