@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cifar_ignite.checkpointing.io import load_checkpoint
-from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, STRONG_AUGMENT_OFF, Config, Section
+from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, Config, Section
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train
@@ -38,23 +38,6 @@ def test_resume_safe_keys_are_those_marked():
 
 def test_optimizer_layout_keys_are_those_marked():
     assert set(OPTIMIZER_LAYOUT_KEYS) == {"optimizer.name"}
-
-
-def test_strong_augment_off_values_are_those_marked():
-    """Flip and crop, normalization and parameters of an operation stay."""
-    assert STRONG_AUGMENT_OFF == {
-        "rotation_degrees": 0.0,
-        "perspective_p": 0.0,
-        "brightness": 0.0,
-        "contrast": 0.0,
-        "saturation": 0.0,
-        "hue": 0.0,
-        "trivial_augment": "off",
-        "erasing_p": 0.0,
-        "cutout_size": 0,
-        "cutmix_p": 0.0,
-        "mixup_p": 0.0,
-    }
 
 
 # --- Every key has an effect --------------------------------------------------------------------------------------
