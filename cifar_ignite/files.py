@@ -1,16 +1,23 @@
 """Files and directories: atomic writes, fsync, stale temporary files, unique directories."""
 
 import contextlib
+import errno
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from cifar_ignite.errors import InputError
 
 TEMP_SUFFIX = ".tmp"
+# What file systems without fsync for directories answer (CIFS, FUSE, WSL), and Windows, which cannot open a directory.
+NO_DIRECTORY_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR}
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -24,13 +31,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temp_path.unlink(missing_ok=True)
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a directory to the disk; a rename survives a power failure once its directory is flushed."""
-    descriptor = os.open(path, os.O_RDONLY)
+def fsync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_directory(directory: Path) -> None:
+    """Flush a directory to the disk, so that a rename in it survives a power failure.
+
+    A file system that does not support this is logged once; the files themselves are flushed.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_FSYNC:
+            raise
+        _log_missing_fsync(str(directory), error.strerror)
+
+
+@lru_cache
+def _log_missing_fsync(directory: str, reason: str) -> None:
+    logger.info("%s: this file system cannot flush a directory (%s); files are flushed", directory, reason)
 
 
 def remove_stale_temp_files(directory: Path, older_than: float = 0) -> None:

@@ -1,6 +1,7 @@
 """Atomic writes, stale temporary files, the latest file, unique directories."""
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -60,13 +61,37 @@ def test_remove_stale_temp_files_accepts_missing_directory(tmp_path):
     files.remove_stale_temp_files(tmp_path / "missing")
 
 
-def test_fsync_path_accepts_files_and_directories(tmp_path, monkeypatch):
+def test_fsync_flushes_file_and_directory(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path):
-        files.fsync_path(path)
-        assert flushed.pop() == path.stat().st_ino
+    files.fsync_file(tmp_path / "file")
+    files.fsync_directory(tmp_path)
+    assert flushed == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("function", ["open", "fsync"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_fsync_directory_tolerates_file_systems_without_it(tmp_path, monkeypatch, caplog, function, number):
+    """CIFS, FUSE and WSL refuse to flush a directory, Windows refuses to open one; it is logged once per directory."""
+
+    def refuse(*_):
+        raise OSError(number, "not supported")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(os, function, refuse)
+    files.fsync_directory(tmp_path)
+    files.fsync_directory(tmp_path)
+    assert len([message for message in caplog.messages if str(tmp_path) in message]) == 1
+
+
+def test_fsync_directory_reports_failing_disk(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        files.fsync_directory(tmp_path)
 
 
 def test_latest_file_is_last_written_then_last_by_name(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_ignite.checkpointing.run_record import FORMAT, RunRecord
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import atomic_write, fsync_path
+from cifar_ignite.files import atomic_write, fsync_directory, fsync_file
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
@@ -29,8 +29,8 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     with atomic_write(path) as temp_path:
         with temp_path.open("wb") as file:
             torch.save(dict(checkpoint), file)
-        fsync_path(temp_path)
-    fsync_path(path.parent)
+        fsync_file(temp_path)
+    fsync_directory(path.parent)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -38,8 +38,8 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temp_path:
         shutil.copyfile(source, temp_path)
-        fsync_path(temp_path)
-    fsync_path(target.parent)
+        fsync_file(temp_path)
+    fsync_directory(target.parent)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_failed_save_keeps_previous_file_and_leaves_nothing_else(tmp_path, monke
 @pytest.mark.parametrize("write", [write_checkpoint, lambda path: copy_checkpoint(REPOSITORY / "LICENSE", path)])
 def test_written_file_is_flushed_before_rename_and_directory_after_it(tmp_path, monkeypatch, write):
     events = []
-    monkeypatch.setattr(io, "fsync_path", lambda path: events.append(path.name))
+    for function in ("fsync_file", "fsync_directory"):
+        monkeypatch.setattr(io, function, lambda path: events.append(path.name))
     original = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), original(*paths)))
     write(tmp_path / "c.pt")
