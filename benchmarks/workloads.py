@@ -18,7 +18,7 @@ from cifar_ignite.distributed.collectives import wrap_ddp
 from cifar_ignite.training import handlers
 from cifar_ignite.training.device import enable_deterministic_algorithms, resolve_amp_dtype, select_device
 from cifar_ignite.training.engines import LossFn, create_trainer, scale_loss
-from cifar_ignite.training.forward import Forward, create_forward, create_training_forward, should_compile
+from cifar_ignite.training.forward import Forward, create_forward, create_training_forward, should_compile, zero_images
 from cifar_ignite.training.lr_schedule import attach_lr_schedule
 from cifar_ignite.training.metrics import attach_metrics
 from cifar_ignite.training.optimizers import create_optimizer
@@ -106,7 +106,7 @@ def create_setup(config: Config, dataset: ImageDataset) -> Setup:
         dataset=dataset,
         loader=loader,
         model=model,
-        forward=wrap_ddp(model, forward, device, sync_batch_norm=config.train.sync_batch_norm),
+        forward=wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm),
         optimizer=create_optimizer(config.optimizer, model, amp_dtype),
         loss_fn=nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing),
         scaler=GradScaler(device.type, enabled=amp_dtype == torch.float16),

@@ -1,8 +1,9 @@
 """Collectives over the processes of a run. All of them return their input at world size 1."""
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -49,19 +50,40 @@ def check_sync_batch_norm(device: torch.device) -> None:
 
 
 def wrap_ddp(
-    model: nn.Module, forward: Callable[[Tensor], Tensor], device: torch.device, *, sync_batch_norm: bool
+    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, *, sync_batch_norm: bool
 ) -> Callable[[Tensor], Tensor]:
     """Return a forward pass whose backward pass averages the gradients over the ranks.
 
     Args:
         model: Model that owns the parameters; those of rank 0 are copied to all ranks.
         forward: Forward pass through the model, compiled or not; compiled code covers this rank only.
-        device: Device of the model.
+        images: Batch on the device of the model for the passes below; its values have no effect.
         sync_batch_norm: Whether BatchNorm uses the statistics of the images of all ranks.
     """
     if idist.get_world_size() == 1:
         return forward
-    module = _ForwardModule(model, forward)
+    ddp = _create_ddp(_ForwardModule(model, forward), images.device, sync_batch_norm)
+    # DDP rebuilds its gradient buckets after the first backward pass, and the sum over three or more ranks depends on
+    # their layout. So the first pass is made here, in a new run and in a resumed one.
+    with unchanged_model(model):
+        model.train()
+        ddp(images).sum().backward()
+    return ddp
+
+
+@contextlib.contextmanager
+def unchanged_model(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers, and delete its gradients, after passes that are not part of training."""
+    saved_buffers = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        model.zero_grad()
+        for buffer, saved in zip(model.buffers(), saved_buffers, strict=True):
+            buffer.copy_(saved)
+
+
+def _create_ddp(module: nn.Module, device: torch.device, sync_batch_norm: bool) -> nn.Module:
     options: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     logging.getLogger("ignite.distributed.auto.auto_model").disabled = True  # every rank would log
     with warnings.catch_warnings():

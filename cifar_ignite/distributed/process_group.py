@@ -1,7 +1,10 @@
 """Joining the processes of a run, and ending together: nccl between GPUs, gloo between CPUs."""
 
 import contextlib
+import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from cifar_ignite.distributed.env import DistEnv
+from cifar_ignite.distributed.env import SLURM_NAMES, TORCHRUN_NAMES, DistEnv
 from cifar_ignite.errors import InputError, TrainingError, TrainingInterrupted, first_line, translate_oom_errors
 
 # A rank that exits is noticed at once; this bounds the wait for one that hangs or downloads the dataset.
 TIMEOUT = timedelta(minutes=10)
+REPORT_AFTER = timedelta(seconds=10)
 RUN_DIR_KEY = "cifar_ignite/run_dir"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ def distributed_context(device: torch.device, env: DistEnv) -> Iterator[Distribu
         yield DistributedContext(env)
         return
     _check_gpu_count(device, env)
-    store = _init_process_group(device, env)
+    with report_missing_ranks(env):
+        store = _init_process_group(device, env)
     try:
         with translate_connection_errors(), translate_oom_errors():
             cpu_group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -119,10 +126,47 @@ def _init_process_group(device: torch.device, env: DistEnv) -> Store:
             idist.sync()
             return store
         idist.initialize(backend, timeout=TIMEOUT)
-        server = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-        return _group_store(server, env)
+        return _group_store(_connect(TIMEOUT), env)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes cannot connect: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def report_missing_ranks(env: DistEnv, after: timedelta = REPORT_AFTER) -> Iterator[None]:
+    """Log how many ranks have joined, if the block takes longer than `after`."""
+    joined = threading.Event()
+    threading.Thread(target=_report_missing_ranks, args=(env, after.total_seconds(), joined), daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
+
+
+def _report_missing_ranks(env: DistEnv, seconds: float, joined: threading.Event) -> None:
+    variable = TORCHRUN_NAMES[2] if "WORLD_SIZE" in os.environ and "SLURM_LOCALID" not in os.environ else SLURM_NAMES[2]
+    store, deadline = None, time.monotonic() + seconds
+    while not joined.is_set() and time.monotonic() < deadline:
+        if store is None:
+            with contextlib.suppress(RuntimeError, KeyError):  # rank 0 is not there yet
+                store = PrefixStore(f"cifar_ignite/{env.restart_count}/join", _connect(timedelta(seconds=1)))
+                store = PrefixStore(str(store.add(f"joins/{env.rank}", 1)), store)
+                store.add("ranks", 1)
+        joined.wait(0.2)
+    if joined.is_set() or (store and not env.is_primary):
+        return
+    count = store.add("ranks", 0) if store else 0
+    logger.critical(
+        "waiting: %d of %d processes have joined; if you want a single process, unset %s",
+        count,
+        env.world_size,
+        variable,
+    )
+
+
+def _connect(timeout: timedelta) -> TCPStore:
+    """Return a client of the store at MASTER_ADDR and MASTER_PORT."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def _group_store(store: Store, env: DistEnv) -> Store:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cifar_ignite.config import Config
 from cifar_ignite.data.loaders import TrainLoader, shard_slice
+from cifar_ignite.distributed.collectives import unchanged_model
 from cifar_ignite.errors import TrainingError, first_line
 
 Forward = Callable[[Tensor], Tensor]
@@ -67,7 +68,7 @@ def create_training_forward(config: Config, model: nn.Module, loader: TrainLoade
     rows = shard_slice(loader.batch_size, loader.shard)
     size = rows.stop - rows.start
     compiled = create_forward(model, device, amp_dtype, compiled_batch=size)
-    images = torch.zeros(size, *loader.images.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
+    images = zero_images(loader, size)
     try:
         logger.info("compiled in %.0f s", warmup_compiled_forward(model, compiled, images))
     except TrainingError as error:
@@ -76,6 +77,12 @@ def create_training_forward(config: Config, model: nn.Module, loader: TrainLoade
         logger.warning("%s; continuing without compilation", error)
         return eager
     return compiled
+
+
+def zero_images(loader: TrainLoader, count: int) -> Tensor:
+    """Return images for passes that are not part of training: zeros, float (count, 3, H, W), in channels_last."""
+    images = torch.zeros(count, *loader.images.shape[1:], device=loader.images.device)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _compile_model(model: nn.Module, device: torch.device) -> Forward:
@@ -102,17 +109,13 @@ def warmup_compiled_forward(model: nn.Module, forward: Forward, images: Tensor) 
     Raises:
         TrainingError: If compilation fails; the model is unchanged.
     """
-    saved_buffers = [buffer.clone() for buffer in model.buffers()]
     started = time.monotonic()
     try:
-        model.train()
-        for _ in range(3):  # a CUDA graph is recorded in the second pass
-            model.zero_grad()  # gradients of a pass lie in memory that the next pass overwrites
-            forward(images).sum().backward()
+        with unchanged_model(model):
+            model.train()
+            for _ in range(3):  # a CUDA graph is recorded in the second pass
+                model.zero_grad()  # gradients of a pass lie in memory that the next pass overwrites
+                forward(images).sum().backward()
     except Exception as error:  # the compilers, of torch and of the system, raise nearly anything
         raise TrainingError(f"torch.compile failed ({first_line(error)}); use compile=off") from None
-    finally:
-        model.zero_grad()
-        for buffer, saved in zip(model.buffers(), saved_buffers, strict=True):
-            buffer.copy_(saved)
     return time.monotonic() - started

@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -20,7 +21,7 @@ from torchvision.ops import StochasticDepth
 from cifar_ignite.checkpointing.run_record import EpochMetrics, RunRecord
 from cifar_ignite.config import TrainConfig
 from cifar_ignite.data.loaders import EvalLoader
-from cifar_ignite.distributed.collectives import broadcast_buffers, check_interval
+from cifar_ignite.distributed.collectives import all_reduce_max, broadcast_buffers, check_interval
 from cifar_ignite.errors import NonFiniteError
 from cifar_ignite.training.device import device_check_interval
 from cifar_ignite.training.engines import TrainingEvents
@@ -31,6 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 # --- Within an iteration ------------------------------------------------------------------------------------------
+
+
+def attach_peer_check(trainer: Engine, check_every: int, group: Any) -> None:
+    """Check that all ranks are alive before the host reads the gradient; attach before the gradient checks.
+
+    `group`, on the CPU, notices a lost rank at once; reading the gradient would wait for an all-reduce that never ends.
+    """
+
+    def check(engine: Engine) -> None:
+        iteration = engine.state.iteration
+        if iteration % check_every == 0 or iteration % (engine.state.epoch_length or 1) == 0:
+            all_reduce_max(0, group)
+
+    trainer.add_event_handler(TrainingEvents.BACKWARD_COMPLETED, check)
 
 
 def attach_grad_clipping(

@@ -24,7 +24,7 @@ from cifar_ignite.models.registry import create_model
 from cifar_ignite.training import handlers, loggers
 from cifar_ignite.training.device import device_check_interval, resolve_amp_dtype
 from cifar_ignite.training.engines import create_evaluator, create_trainer, scale_loss
-from cifar_ignite.training.forward import create_forward, create_training_forward
+from cifar_ignite.training.forward import create_forward, create_training_forward, zero_images
 from cifar_ignite.training.lr_schedule import attach_lr_schedule, set_lr_iteration
 from cifar_ignite.training.metrics import EpochTimer, attach_metrics
 from cifar_ignite.training.optimizers import create_optimizer, find_conv_weights
@@ -91,7 +91,7 @@ class TrainingState:
         self.optimizer = create_optimizer(config.optimizer, model, self.amp_dtype)
         loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         forward = create_training_forward(config, model, loader, self.amp_dtype)
-        forward = wrap_ddp(model, forward, device, sync_batch_norm=config.train.sync_batch_norm)
+        forward = wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm)
         self.trainer = create_trainer(model, forward, self.optimizer, scale_loss(loss_fn, loader), self.scaler)
         iterations = config.train.epochs * len(loader)
         self.lr_schedule = attach_lr_schedule(self.trainer, self.optimizer, config.schedule, iterations)
@@ -181,6 +181,7 @@ def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any
     options, trainer, optimizer = state.config.train, state.trainer, state.optimizer
     check_every = device_check_interval(state.device, options.log_every)
     handlers.attach_drop_path_decay(trainer, state.model, options.drop_path_decay_fraction, options.epochs)
+    handlers.attach_peer_check(trainer, check_every, group)
     check_gradient = handlers.attach_grad_clipping(trainer, state.model, optimizer, state.scaler, options)
     handlers.attach_buffer_broadcast(trainer, state.eval_model)
     loggers.attach_progress(trainer, state.metrics, optimizer, options.log_every)

@@ -1,5 +1,7 @@
 """Collectives: several ranks compute what a single process computes."""
 
+import copy
+
 import ignite.distributed as idist
 import pytest
 import torch
@@ -19,6 +21,7 @@ from cifar_ignite.distributed.collectives import (
     check_interval,
     check_sync_batch_norm,
     gather_outputs,
+    unchanged_model,
     wrap_ddp,
 )
 from cifar_ignite.errors import InputError
@@ -28,6 +31,7 @@ from cifar_ignite.training.forward import create_forward
 from cifar_ignite.training.metrics import attach_metrics
 
 CPU = torch.device("cpu")
+IMAGES = torch.zeros(2, 3, 32, 32)
 GENERATOR = torch.Generator().manual_seed(0)
 DATASET = ImageDataset(
     torch.randint(0, 256, (90, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR),
@@ -65,9 +69,19 @@ def test_collectives_return_their_input_without_process_group():
     assert broadcast_from_rank0(lambda: "text") == "text"
     broadcast_buffers(nn.BatchNorm2d(3))
     check_sync_batch_norm(CPU)
-    assert wrap_ddp(model, model, CPU, sync_batch_norm=True) is model
+    assert wrap_ddp(model, model, IMAGES, sync_batch_norm=True) is model
     outputs = [torch.ones(2, 3), torch.zeros(1, 3)]
     assert torch.equal(gather_outputs(outputs, [slice(0, 2), slice(2, 4)], 3), torch.cat(outputs))
+
+
+def test_unchanged_model_restores_buffers_and_deletes_gradients():
+    model = nn.BatchNorm2d(3)
+    saved = copy.deepcopy(model.state_dict())
+    with unchanged_model(model):
+        model(IMAGES + 1).sum().backward()
+        assert not torch.equal(model.running_mean, saved["running_mean"])
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_synced_metrics_restore_what_they_saved():
@@ -137,7 +151,7 @@ def test_gradients_of_two_ranks_equal_those_of_one_process(run_on_ranks, dtype, 
 
     def work(context):
         model = create_plain_model().to(dtype)
-        forward = wrap_ddp(model, model, CPU, sync_batch_norm=False)
+        forward = wrap_ddp(model, model, IMAGES.to(dtype), sync_batch_norm=False)
         return list(gradients(create_loader(Shard(context.env.rank, 2)), forward, model))
 
     rank0, rank1 = run_on_ranks(work)
@@ -169,8 +183,9 @@ def test_wrap_ddp_synchronizes_batch_norm_if_requested(monkeypatch, sync_batch_n
     """Only the request to Ignite: torch synchronizes BatchNorm between GPUs only."""
     requested = {}
     monkeypatch.setattr(idist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(collectives.idist, "auto_model", lambda module, **options: requested.update(options))
-    wrap_ddp(create_plain_model(), create_plain_model(), CPU, sync_batch_norm=sync_batch_norm)
+    model = create_plain_model()
+    monkeypatch.setattr(collectives.idist, "auto_model", lambda module, **options: requested.update(options) or module)
+    wrap_ddp(model, model, IMAGES, sync_batch_norm=sync_batch_norm)
     assert requested["sync_bn"] == sync_batch_norm
 
 

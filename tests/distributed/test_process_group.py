@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import ignite.distributed as idist
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed import TCPStore
 
 from benchmarks import forked_jobs
 from cifar_ignite import train as train_module
@@ -23,7 +25,11 @@ from cifar_ignite.data.dataset import train_val_split
 from cifar_ignite.data.loaders import EvalLoader
 from cifar_ignite.data.registry import load_dataset
 from cifar_ignite.distributed.env import DistEnv
-from cifar_ignite.distributed.process_group import distributed_context, translate_connection_errors
+from cifar_ignite.distributed.process_group import (
+    distributed_context,
+    report_missing_ranks,
+    translate_connection_errors,
+)
 from cifar_ignite.errors import InputError, TrainingError
 from cifar_ignite.models import create_model
 from cifar_ignite.training.engines import create_evaluator
@@ -72,6 +78,31 @@ def test_context_of_single_process_joins_nothing():
         assert not torch.distributed.is_initialized()
         assert (context.env, context.cpu_group) == (DistEnv(), None)
         assert context.duplicate_signal_window == 0
+
+
+@pytest.mark.parametrize("has_joined", [False, True])
+def test_missing_ranks_are_reported(monkeypatch, caplog, has_joined):
+    """With the number of ranks that have joined, and the variable that makes this process one of several."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if has_joined else None
+    monkeypatch.setenv("MASTER_PORT", str(store.port if store else 1))
+    with report_missing_ranks(DistEnv(0, 0, 3), after=timedelta(seconds=0.5)):
+        for _ in range(100):
+            if caplog.messages:
+                break
+            time.sleep(0.05)
+    (message,) = caplog.messages
+    assert f"{int(has_joined)} of 3 processes" in message
+    assert "unset " in message
+
+
+def test_ranks_that_join_in_time_are_not_reported(monkeypatch, caplog):
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with report_missing_ranks(DistEnv(0, 0, 2), after=timedelta(seconds=0.3)):
+        pass
+    time.sleep(0.5)
+    assert caplog.messages == []
 
 
 def test_more_processes_than_gpus_are_refused_once(monkeypatch):
@@ -193,6 +224,21 @@ def test_signal_to_one_rank_stops_all_and_any_world_size_resumes(
         assert table["epoch"].tolist() == [1, 2, 3]
         assert table["lr"].tolist() == expected["lr"].tolist()
         assert table["train_loss"][0] == expected["train_loss"][0] or iteration == 8
+
+
+def test_run_of_three_ranks_resumes_bit_identically(job, train, tmp_path, monkeypatch):
+    """A sum over three ranks depends on the layout of DDP's buckets, which changes after the first backward pass."""
+    words = train(**{"model.width": 8})
+    statuses, log = job([*words, *set_options({"output_dir": tmp_path / "uninterrupted"})], 3)
+    assert statuses == [0] * 3, log
+    with monkeypatch.context() as patched:
+        call_at_iteration(patched, 6, send_signal)
+        statuses, log = job(words, 3)
+    assert statuses == [143] * 3, log
+    statuses, log = job([*words, *RESUME], 3)
+    assert statuses == [0] * 3, log
+    (uninterrupted,) = (tmp_path / "uninterrupted" / "training_runs").iterdir()
+    assert_same_training(uninterrupted, only_run(tmp_path))
 
 
 @pytest.mark.parametrize("killed", [0, 1])

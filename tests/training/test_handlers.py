@@ -16,7 +16,7 @@ from cifar_ignite.distributed.process_group import DistributedContext
 from cifar_ignite.errors import NonFiniteError
 from cifar_ignite.models.registry import create_model
 from cifar_ignite.training import handlers
-from cifar_ignite.training.engines import create_trainer
+from cifar_ignite.training.engines import TrainingEvents, create_trainer
 from cifar_ignite.training.metrics import EpochTimer, attach_metrics
 from cifar_ignite.training.signals import StopFlag, StopRequested
 from tests.helpers import epoch_metrics, run_with_scores
@@ -100,6 +100,21 @@ def test_grad_clipping_returned_check_raises_before_next_interval(monkeypatch):
 
 
 # --- EMA and stochastic depth -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("check_every", "iterations"), [(1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
+def test_peer_check_runs_before_gradient_is_read_and_at_end_of_epoch(monkeypatch, check_every, iterations):
+    """Reading the gradient would wait for an all-reduce that a lost rank never joins."""
+    checked, read = [], []
+    trainer = idle_engine()
+    trainer.register_events(*TrainingEvents)
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: trainer.fire_event(TrainingEvents.BACKWARD_COMPLETED))
+    monkeypatch.setattr(handlers, "all_reduce_max", lambda value, group: checked.append(trainer.state.iteration))
+    handlers.attach_peer_check(trainer, check_every, "cpu group")
+    trainer.add_event_handler(TrainingEvents.BACKWARD_COMPLETED, lambda: read.append(list(checked)))
+    trainer.run([0] * 3)
+    assert checked == iterations
+    assert read[-1] == iterations
 
 
 def test_ema_averages_weights_and_statistics_and_shares_no_memory():
