@@ -21,6 +21,16 @@ class Resume(Enum):
     OPTIMIZER_LAYOUT = "changes the order of the parameters in the optimizer's state"
 
 
+def _expand_user(path: Path) -> Path:
+    """Expand `~` and `~user`, and refuse what no file system accepts."""
+    if "\0" in str(path):
+        raise ValueError("a path cannot contain a null character")
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"the home directory of {path.parts[0]} is not known; use an absolute path") from None
+
+
 @dataclass(frozen=True)
 class StrongOff:
     """Marks an augmentation as strong: `value` switches it off for the last epochs (augment.strong_off_fraction)."""
@@ -34,7 +44,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Directory = Annotated[Path, AfterValidator(Path.expanduser)]
+Directory = Annotated[Path, AfterValidator(_expand_user)]
 Channels = tuple[float, float, float]
 
 
@@ -61,7 +71,7 @@ class DataConfig(Section):
     dataset: str = "cifar10"
     """name of the dataset: `cifar10` or `synthetic`"""
     root: Annotated[Directory, Resume.SAFE] = Path("data")
-    """directory that contains `cifar-10-batches-py`, or that it is downloaded to"""
+    """directory that contains `cifar-10-batches-py` or its official archive, or that it is downloaded to"""
     batch_size: Count = 128
     """images per batch, over all processes"""
     val_size: int = Field(5_000, ge=0)

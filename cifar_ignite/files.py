@@ -1,10 +1,12 @@
-"""Files and directories: atomic writes, fsync, stale temporary files, unique directories."""
+"""Files and directories: atomic writes, fsync, stale temporary files, listings, unique directories."""
 
 import contextlib
 import errno
+import glob
 import itertools
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -18,6 +20,31 @@ TEMP_SUFFIX = ".tmp"
 NO_DIRECTORY_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR}
 
 logger = logging.getLogger(__name__)
+
+
+def stat_path(path: Path) -> os.stat_result | None:
+    """Return the status of a path that a user named, or None if nothing is there.
+
+    Raises:
+        InputError: If the path cannot be accessed: no permission, a name that is too long, a cycle of links.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise InputError(f"{path}: cannot access this path: {getattr(error, 'strerror', error)}") from None
+
+
+def path_exists(path: Path) -> bool:
+    """Return whether a file or directory is at a path that a user named; see `stat_path` for errors."""
+    return stat_path(path) is not None
+
+
+def is_directory(path: Path) -> bool:
+    """Return whether a directory is at a path that a user named; see `stat_path` for errors."""
+    status = stat_path(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 @contextlib.contextmanager
@@ -72,9 +99,31 @@ def remove_stale_temp_files(directory: Path, older_than: float = 0) -> None:
                 path.unlink()
 
 
+def list_files(directory: Path, pattern: str) -> list[Path]:
+    """Return the readable files below a directory that match a glob pattern, the latest first.
+
+    A wildcard does not match hidden names: macOS writes `._name` next to `name` on file systems that are not its own.
+    """
+    return latest_first(directory / name for name in glob.glob(pattern, root_dir=directory))
+
+
+def latest_first(paths: Iterable[Path]) -> list[Path]:
+    """Return the readable files among `paths`, by time of modification, then by name, the latest first.
+
+    Directories and dangling links are skipped, and files that another process deletes meanwhile.
+    """
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK):
+                found.append((status.st_mtime_ns, path.name, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
 def latest_file(paths: Iterable[Path]) -> Path | None:
-    """Return the most recently written file, or None if there are none."""
-    return max(paths, key=modification_key, default=None)
+    """Return the most recently written of the readable files among `paths`, or None if there are none."""
+    return next(iter(latest_first(paths)), None)
 
 
 def modification_key(path: Path) -> tuple[int, str]:

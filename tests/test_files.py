@@ -14,6 +14,44 @@ from cifar_ignite.errors import InputError
 from tests.checkpointing.helpers import names_in
 
 
+def test_path_predicates_report_what_is_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("/mnt/gone")
+    for name, exists, is_dir in (
+        (".", True, True),
+        ("file", True, False),
+        ("none", False, False),
+        ("file/none", False, False),
+        ("link", False, False),
+    ):
+        assert files.path_exists(tmp_path / name) == exists
+        assert files.is_directory(tmp_path / name) == is_dir
+
+
+def assert_predicates_refuse(path):
+    for predicate in (files.stat_path, files.path_exists, files.is_directory):
+        with pytest.raises(InputError, match="cannot access this path: .") as raised:
+            predicate(path)
+        assert str(raised.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop"], ids=["long", "null", "loop"])
+def test_path_predicates_with_invalid_path_name_it(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    assert_predicates_refuse(tmp_path / name)
+
+
+def test_path_predicates_without_permission_name_path(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nothing is closed to root
+    try:
+        assert_predicates_refuse(tmp_path / "closed" / "x")
+    finally:
+        os.seteuid(user)
+
+
 def test_atomic_write_replaces_file_at_the_end(tmp_path):
     path = tmp_path / "file"
     path.write_text("previous")

@@ -15,6 +15,7 @@ from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.checkpointing.savers import FaultTolerantSaver, create_model_checkpoint
 from cifar_ignite.config_io import flatten_dict
 from cifar_ignite.errors import InputError
+from cifar_ignite.files import list_files
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ class BestModelSaver:
 def best_model_path(output_dir: Path, experiment: str, *, selected: bool) -> Path:
     """Return the file of an experiment's best model; `selected` is false for a run without validation."""
     return output_dir / "best_models" / f"{experiment}{'' if selected else '_val_acc_none'}_best.pth"
+
+
+def list_best_models(output_dir: Path) -> list[Path]:
+    """Return the best models of all experiments, the latest first."""
+    return list_files(output_dir / "best_models", "*_best.pth")
 
 
 def promote_best_model(source: Path, target: Path) -> str:
