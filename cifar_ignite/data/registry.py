@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from cifar_ignite.config import DataConfig
-from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.dataset import IMAGE_SIZE, ImageDataset
 from cifar_ignite.errors import InputError
 
 
@@ -41,8 +41,13 @@ def load_dataset(config: DataConfig, *, train: bool) -> ImageDataset:
         train: Whether to load the training set; otherwise the test set.
 
     Raises:
-        InputError: If the dataset is unknown, a file is missing, malformed or unsafe, or a download failed.
+        InputError: If the dataset is unknown, a file is missing, malformed or unsafe, a download failed, or the images
+            are not of the size that models are trained for.
     """
     if config.dataset not in DATASETS:
         raise InputError(f"data.dataset: unknown dataset {config.dataset!r}; known: {', '.join(sorted(DATASETS))}")
-    return DATASETS[config.dataset](config, train=train)
+    dataset = DATASETS[config.dataset](config, train=train)
+    if dataset.images.shape[1:] != (shape := (3, IMAGE_SIZE, IMAGE_SIZE)):
+        found = tuple(dataset.images.shape[1:])
+        raise InputError(f"data.dataset: {config.dataset} has images of shape {found}; models take {shape}")
+    return dataset

@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 from cifar_ignite.errors import InputError, first_line
+from cifar_ignite.files import path_exists
+
+# By the first bytes of a file.
+OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzipped file (gunzip it)",
+    b"PK\x03\x04": "a zip or .npz file",
+    b"\x93NUMPY": "a .npy file",
+}
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -51,11 +59,15 @@ def load_pickle(path: Path) -> Any:
     Raises:
         InputError: If the file is missing, unreadable or damaged, or refers to anything else.
     """
+    if not path_exists(path):
+        raise InputError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
+            if kind := next((kind for magic, kind in OTHER_FORMATS.items() if file.peek().startswith(magic)), None):
+                raise InputError(f"{path}: is {kind}, not a pickle")
             return RestrictedUnpickler(file, encoding="bytes").load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot read the file: {error.strerror}") from None
     except (

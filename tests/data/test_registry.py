@@ -47,3 +47,14 @@ def test_error_of_registered_function_reaches_the_caller(monkeypatch):
 
     with pytest.raises(InputError, match=r"^data\.root: not there$"):
         load_dataset(DataConfig(dataset="broken"), train=True)
+
+
+def test_load_dataset_with_images_of_another_size_is_refused(monkeypatch):
+    monkeypatch.setattr("cifar_ignite.data.registry.DATASETS", dict(DATASETS))
+
+    @register_dataset
+    def large(config, *, train):
+        return ImageDataset(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), [0, 1], ("a", "b"))
+
+    with pytest.raises(InputError, match=r"data\.dataset: large .*\(3, 64, 64\).*\(3, 32, 32\)"):
+        load_dataset(DataConfig(dataset="large"), train=True)

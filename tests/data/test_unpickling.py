@@ -1,6 +1,7 @@
 """The restricted unpickler: arrays are loaded, everything else is refused without running it."""
 
 import codecs
+import gzip
 import os
 import pickle
 import warnings
@@ -10,6 +11,7 @@ import pytest
 
 from cifar_ignite.data.unpickling import load_pickle
 from cifar_ignite.errors import InputError
+from tests.data.helpers import dump, dump_python2
 
 BATCH = {b"data": np.arange(24, dtype=np.uint8).reshape(2, 12), b"labels": [1, np.int64(2)], "name": "x"}
 
@@ -24,16 +26,19 @@ class Call:
         return self.call
 
 
-def dump(path, value, protocol=2):
-    path.write_bytes(pickle.dumps(value, protocol=protocol))
-    return path
-
-
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_load_pickle_reads_arrays_and_scalars_of_every_protocol(tmp_path, protocol):
     loaded = load_pickle(dump(tmp_path / "batch", BATCH, protocol))
     assert np.array_equal(loaded[b"data"], BATCH[b"data"])
     assert loaded[b"labels"] == [1, 2]
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+def test_load_pickle_reads_arrays_and_scalars_of_python_2(tmp_path, protocol):
+    loaded = load_pickle(dump_python2(tmp_path / "batch", BATCH, protocol))
+    assert np.array_equal(loaded[b"data"], BATCH[b"data"])
+    assert loaded[b"labels"] == [1, 2]
+    assert loaded[b"name"] == b"x"
 
 
 def test_load_pickle_reads_numpy_1_module_names_without_warnings(tmp_path):
@@ -66,3 +71,14 @@ def test_load_pickle_with_unreadable_path_names_it(tmp_path):
         load_pickle(tmp_path / "none")
     with pytest.raises(InputError, match="cannot read"):
         load_pickle(tmp_path)
+    with pytest.raises(InputError, match="cannot access"):
+        load_pickle(tmp_path / ("x" * 300))
+
+
+def test_load_pickle_names_other_formats(tmp_path):
+    contents = {"x.npz": lambda path: np.savez(path, x=[1]), "x.npy": lambda path: np.save(path, [1])}
+    contents["x.gz"] = lambda path: path.write_bytes(gzip.compress(pickle.dumps(BATCH)))
+    for name, write in contents.items():
+        write(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name}: is a .*({name[1:]}|gzipped) file.*not a pickle"):
+            load_pickle(tmp_path / name)
