@@ -11,14 +11,15 @@ import ignite.distributed as idist
 import pandas as pd
 
 from cifar_ignite.data import load_dataset
-from cifar_ignite.data.cifar10 import load_unlabeled_test_set
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.unlabeled import load_unlabeled_test_set
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import distributed_context
 from cifar_ignite.evaluation.inference import create_inference_forward, create_tta_forward, run_inference
 from cifar_ignite.evaluation.metrics import EvaluationResult, compute_metrics, format_per_class_table
 from cifar_ignite.evaluation.report import Evaluation, write_report
-from cifar_ignite.evaluation.trained_model import TrainedModel, load_trained_model
+from cifar_ignite.evaluation.trained_model import TrainedModel, check_fits, load_trained_model
 from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors
 from cifar_ignite.training.forward import Forward
 
@@ -37,7 +38,7 @@ def evaluate(
     """Predict the test set with a trained model; distributed under torchrun or SLURM.
 
     Args:
-        checkpoint: Any checkpoint of this project; None loads the latest best model.
+        checkpoint: Any checkpoint of this project; None loads the latest best model that fits the data.
         model_name: Experiment whose latest best model is loaded; None allows all experiments.
         test_file: Unlabeled test pickle of the competition; None loads the test set of the checkpoint's dataset.
         overrides: Strings `section.key=value`, applied to the checkpoint's configuration.
@@ -47,14 +48,16 @@ def evaluate(
         Directory of the evaluation; on ranks other than 0, which write nothing, its parent.
 
     Raises:
-        InputError: If the checkpoint or the dataset is missing or invalid; nothing was written.
+        InputError: If the checkpoint or the dataset is missing or invalid, or their classes differ; nothing was
+            written.
     """
-    trained = load_trained_model(checkpoint, model_name, overrides)
+    trained = load_trained_model(checkpoint, model_name, overrides, CIFAR10_CLASSES if test_file else None)
     with distributed_context(trained.device, dist_env_from_environ()) as context:
         with idist.one_rank_first(local=True):
             dataset = load_test_set(trained, test_file)
-        logger.info("test set    %s (%s images)", test_file or trained.config.data.dataset, f"{len(dataset):,}")
         dataset_name = test_file.name if test_file else f"{trained.config.data.dataset} test set"
+        check_fits(trained, dataset, dataset_name)
+        logger.info("test set    %s (%s images)", test_file or trained.config.data.dataset, f"{len(dataset):,}")
         evaluation = evaluate_model(trained, dataset, dataset_name, tta)
         if not context.env.is_primary:
             return evaluations_dir(trained)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.evaluation import inference, report
 from tests.evaluation.helpers import load_test_labels, only_evaluation, write_unlabeled_test_file
 from tests.helpers import only_run, snapshot
+
+SYNTHETIC = ["--set", "data.dataset=synthetic", "--set", "data.synthetic.train_size=120"]
 
 
 def test_evaluate_writes_predictions_and_metrics_of_best_model(command, tiny_file, tmp_path, cifar_root):
@@ -144,12 +147,95 @@ def test_evaluate_logs_first_predictions_and_marks_errors(command, tiny_file, ci
         assert words[4:] == ([] if labels[index] == predicted[index] else ["wrong"])
 
 
-def test_evaluate_uses_class_names_of_the_checkpoint(command, tiny_file, tmp_path):
-    options = ["--set", "data.dataset=synthetic", "--set", "data.synthetic.train_size=120"]
-    command("train", "--config", tiny_file, *options)
-    out = command("evaluate", "--test-file", write_unlabeled_test_file(tmp_path / "test.pkl"))[1]
-    assert "checkers" in out
-    assert "airplane" not in out
+@pytest.fixture
+def two_models(command, tiny_file, tmp_path):
+    """Best models of CIFAR-10 (tiny) and, later, of the synthetic dataset (shapes)."""
+    assert command("train", "--config", tiny_file)[0] == 0
+    assert command("train", "--config", tiny_file, "--set", "experiment=shapes", *SYNTHETIC)[0] == 0
+    for age, name in ((20, "tiny"), (10, "shapes")):
+        path = tmp_path / "outputs" / "best_models" / f"{name}_best.pth"
+        os.utime(path, (time.time() - age,) * 2)
+
+
+@pytest.mark.usefixtures("two_models")
+@pytest.mark.parametrize(
+    ("options", "model", "skipped"),
+    [
+        ([], "shapes", None),
+        (["--test-file", "test.pkl"], "tiny", "shapes"),
+        (["--set", "data.dataset=cifar10"], "tiny", "shapes"),
+        (["--set", "data.dataset=synthetic"], "shapes", None),
+        (["--set", "data.dataset=synthetic", "--test-file", "test.pkl"], "tiny", "shapes"),
+    ],
+    ids=str,
+)
+def test_evaluate_chooses_latest_model_that_fits_the_data(command, tmp_path, options, model, skipped):
+    write_unlabeled_test_file(tmp_path / "test.pkl")
+    status, out, err = command("evaluate", *options)
+    assert (status, err) == (0, "")
+    assert only_evaluation(tmp_path).name.startswith(f"{model}_val_acc_")
+    assert f"{model}_best.pth (hybrid_resnet" in out
+    assert ("skipped" in out) == (skipped is not None)
+    assert ("checkers" in out) == (model == "shapes")
+    if skipped:
+        assert f"{skipped}_best.pth: trained on other data" in out
+
+
+@pytest.mark.usefixtures("two_models")
+@pytest.mark.parametrize(
+    ("options", "model", "data"),
+    [
+        (["--model", "shapes", "--test-file", "test.pkl"], "shapes", "test.pkl"),
+        (["--checkpoint", "outputs/best_models/shapes_best.pth", "--test-file", "test.pkl"], "shapes", "test.pkl"),
+        (["--model", "shapes", "--set", "data.dataset=cifar10"], "shapes", "cifar10 test set"),
+        (["--model", "tiny", "--set", "data.dataset=synthetic"], "tiny", "synthetic test set"),
+        (["--checkpoint", "outputs/best_models/tiny_best.pth", *SYNTHETIC], "tiny", "synthetic test set"),
+    ],
+    ids=str,
+)
+def test_evaluate_refuses_named_model_that_does_not_fit_the_data(command, tmp_path, options, model, data):
+    write_unlabeled_test_file(tmp_path / "test.pkl")
+    before = snapshot(tmp_path)
+    status, _, err = command("evaluate", *options)
+    assert status == 2
+    assert err.count("\n") == 1
+    for expected in (f"{model}_best.pth: ", data, "airplane, automobile", "stripes, checkers"):
+        assert expected in err
+    assert snapshot(tmp_path) == before
+
+
+def test_evaluate_without_model_that_fits_is_refused(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file, *SYNTHETIC)
+    status, _, err = command("evaluate", "--test-file", write_unlabeled_test_file(tmp_path / "test.pkl"))
+    assert status == 2
+    assert "tiny_best.pth: trained on the classes disk, " in err
+    assert not (tmp_path / "outputs" / "evaluations").exists()
+
+
+def test_evaluate_compares_order_of_classes(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file)
+    path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["record"]["class_names"] = checkpoint["record"]["class_names"][::-1]
+    torch.save(checkpoint, path)
+    status, _, err = command("evaluate")
+    assert status == 2
+    assert "truck, ship" in err
+
+
+def test_evaluate_with_inaccessible_path_prints_one_line(command, tiny_file):
+    command("train", "--config", tiny_file)
+    for options in (
+        ["--test-file", "x" * 300],
+        ["--set", f"data.root={'x' * 300}"],
+        ["--set", f"output_dir={'x' * 300}"],
+        ["--set", "data.root=~nosuchuser/x"],
+        ["--model", "x" * 300],
+    ):
+        status, _, err = command("evaluate", *options)
+        assert status == 2
+        assert err.startswith("cifar_ignite: ")
+        assert err.count("\n") == 1
 
 
 def test_evaluate_validates_overrides_with_the_configuration_of_the_checkpoint(command, tiny_file):
