@@ -6,23 +6,29 @@ Imports no library that may be broken before its check: this command has to work
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import parse_config
-from cifar_ignite.errors import TrainingError, first_line
+from cifar_ignite.errors import InputError, TrainingError, first_line
+from cifar_ignite.files import path_exists
 
 PACKAGES = ("ignite", "numpy", "pandas", "matplotlib", "tensorboardX", "tqdm", "pydantic", "jinja2", "PIL")
 EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tensorboard": ("tensorboard",)}
 # A full checkpoint with EMA weights is 34 MB: one every ten epochs, the latest two, the best model and its copy.
 REQUIRED_GB = 2.0
+# Directories below output_dir that commands write to.
+OUTPUT_DIRS = ("training_runs", "best_models", "evaluations", "predictions", "exports", "")
 REINSTALL_HINT = "install both with one command from one index: pip install --force-reinstall torch torchvision"
 EARLIER_ERRORS_HINT = "fix the errors above first"
 
@@ -149,31 +155,78 @@ def check_device() -> CheckResult:
 
 
 def check_dataset(config: Config) -> CheckResult:
-    """Check the CIFAR-10 files, by their md5 checksums."""
+    """Check that CIFAR-10 is found, by its md5 checksums, and that files that differ can be loaded."""
     try:
-        from cifar_ignite.data.cifar10 import CIFAR10_DIR, mismatched_files, missing_files
+        from cifar_ignite.data import cifar10, cifar10_files
     except Exception as error:
         return CheckResult("data", "error", f"cannot be checked ({first_line(error)})", EARLIER_ERRORS_HINT)
-    directory = config.data.root / CIFAR10_DIR
-    if not directory.is_dir():
-        hint = "downloaded by the first training; or set DATA_DIR=, or train with DATA=synthetic"
-        return CheckResult("data", "warning", f"no CIFAR-10 in {directory}", hint)
-    if missing := missing_files(directory):
-        hint = f"delete {directory} to download it again"
-        return CheckResult("data", "error", f"{directory}: missing files: {', '.join(missing)}", hint)
-    if mismatched := mismatched_files(directory):
+    root = config.data.root
+    try:
+        directory = cifar10_files.find_cifar10(root)
+        if not directory:
+            return _check_installable(root)
+        cifar10_files.check_complete(directory)
+        mismatched = cifar10_files.mismatched_files(directory)
+        for name in mismatched:
+            cifar10.load_labeled_batch(directory / name)
+    except InputError as error:
+        return CheckResult("data", "error", first_line(error))
+    if mismatched:
         message = f"{directory}: not the official files: {', '.join(mismatched)}"
         return CheckResult("data", "warning", message, "accuracies are not comparable to published ones")
     return CheckResult("data", "ok", f"{directory}: the official CIFAR-10 files")
 
 
+def _check_installable(root: Path) -> CheckResult:
+    """Check that the first training can unpack or download CIFAR-10.
+
+    Raises:
+        InputError: If something else is in the place of the files, or they cannot be written.
+    """
+    from cifar_ignite.data.cifar10_files import describe_contents, find_archive
+
+    archive = find_archive(root)
+    _write_probe_file(_existing_parent(archive.parent if archive else root))
+    if archive:
+        return CheckResult("data", "ok", f"{archive}: the official archive; unpacked by the first training")
+    hint = "downloaded by the first training; or set DATA_DIR=, or train with DATA=synthetic"
+    return CheckResult("data", "warning", f"no CIFAR-10 in {root} ({describe_contents(root)})", hint)
+
+
 def check_disk(config: Config) -> CheckResult:
-    existing = config.output_dir.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    free_gb = shutil.disk_usage(existing).free / 1e9
+    """Check the free space, and with a probe file that the directories below `output_dir` can be written to."""
+    try:
+        directories = {_existing_parent(config.output_dir / name) for name in OUTPUT_DIRS}
+        for directory in directories:
+            _write_probe_file(directory)
+    except InputError as error:
+        return CheckResult("disk", "error", first_line(error), "choose another directory with OUTPUT_DIR=")
+    free_gb = min(shutil.disk_usage(directory).free for directory in directories) / 1e9
     message = f"{free_gb:.1f} GB free for {config.output_dir}"
     if free_gb < REQUIRED_GB:
         hint = f"300 epochs need up to {REQUIRED_GB:.0f} GB: free some space, or set OUTPUT_DIR="
         return CheckResult("disk", "warning", message, hint)
     return CheckResult("disk", "ok", message)
+
+
+def _write_probe_file(directory: Path) -> None:
+    """Write a file to the disk and delete it.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}") from None
+
+
+def _existing_parent(path: Path) -> Path:
+    """Return the path, or its nearest parent that exists; a link that leads nowhere exists."""
+    path = path.absolute()
+    while not path_exists(path) and not path.is_symlink():
+        path = path.parent
+    return path

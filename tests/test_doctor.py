@@ -1,12 +1,19 @@
 """The checks of the doctor command."""
 
+import errno
+import hashlib
 import importlib.metadata
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from cifar_ignite import doctor
+from cifar_ignite.data import cifar10_files
+from tests.helpers import snapshot
 
 
 def parse_lines(out):
@@ -46,7 +53,7 @@ def test_doctor_reports_errors_and_warnings_with_hints(command, cifar_root, monk
         ("torch", "error", "pip install --force-reinstall torch torchvision"),
         ("packages", "error", "no_such_module: No module named 'no_such_module'; pip install -e ."),
         ("onnx", "warning", "no_such_package not installed; optional: pip install -e '.[onnx]'"),
-        ("data", "error", "missing files: data_batch_3; delete"),
+        ("data", "error", "cifar-10-batches-py: no file data_batch_3; "),
         ("disk", "warning", "0.5 GB free for outputs; 300 epochs need up to 2 GB"),
     ):
         assert results[name][0] == expected_status
@@ -57,7 +64,7 @@ def test_doctor_without_dataset_warns(command):
     status, out, _ = command("doctor", "--set", "data.root=missing")
     assert status == 0
     assert parse_lines(out)["data"][0] == "warning"
-    assert "no CIFAR-10 in missing/cifar-10-batches-py; downloaded by the first training" in out
+    assert "no CIFAR-10 in missing (missing does not exist); downloaded by the first training" in out
 
 
 def test_check_torch_and_torchvision_reports_failed_import(monkeypatch):
@@ -71,10 +78,94 @@ def test_check_torch_and_torchvision_reports_failed_import(monkeypatch):
 
 
 def test_check_dataset_with_broken_torchvision_refers_to_earlier_errors(tiny_config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cifar_ignite.data.cifar10", None)
+    monkeypatch.setitem(sys.modules, "cifar_ignite.data.cifar10_files", None)
+    monkeypatch.delattr("cifar_ignite.data.cifar10_files")
     result = doctor.check_dataset(tiny_config())
     assert result.status == "error"
     assert result.hint == doctor.EARLIER_ERRORS_HINT
+
+
+@pytest.mark.parametrize("nesting", ["data", "data/cifar-10-batches-py", "."])
+def test_check_dataset_finds_what_training_finds(tmp_path, cifar_root, tiny_config, nesting):
+    result = doctor.check_dataset(tiny_config(data={"root": str(tmp_path / nesting)}))
+    assert result.status == "warning"
+    assert f"{cifar_root / 'cifar-10-batches-py'}: not the official files" in result.message
+
+
+def test_check_dataset_reports_what_training_refuses(tmp_path, cifar_root, tiny_config):
+    directory = cifar_root / "cifar-10-batches-py"
+    (directory / "data_batch_3").write_bytes(b"damaged")
+    result = doctor.check_dataset(tiny_config())
+    assert (result.status, "data_batch_3: refused" in result.message) == ("error", True)
+    shutil.rmtree(directory)
+    directory.symlink_to("/mnt/gone")
+    result = doctor.check_dataset(tiny_config())
+    assert (result.status, "which does not exist" in result.message) == ("error", True)
+    result = doctor.check_dataset(tiny_config(data={"root": "x" * 300}))
+    assert (result.status, "cannot access this path" in result.message) == ("error", True)
+
+
+def test_check_dataset_with_official_archive_is_ok(tmp_path, tiny_config, monkeypatch):
+    (tmp_path / "root").mkdir()
+    path = tmp_path / "root" / "cifar-10-python.tar.gz"
+    path.write_bytes(b"x")
+    config = tiny_config(data={"root": str(tmp_path / "root")})
+    assert "is not the official archive" in doctor.check_dataset(config).message
+    monkeypatch.setattr(cifar10_files.CIFAR10, "tgz_md5", hashlib.md5(b"x").hexdigest())
+    result = doctor.check_dataset(config)
+    assert result.status == "ok"
+    assert f"{path}: the official archive" in result.message
+
+
+def test_check_disk_writes_and_deletes_probe_files(tmp_path, tiny_config, monkeypatch):
+    def record(descriptor):
+        written.add(os.path.dirname(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    written = set()
+    monkeypatch.setattr(doctor.os, "fsync", record)
+    assert doctor.check_disk(tiny_config()).status in ("ok", "warning")
+    assert written == {str(tmp_path)}
+    for name in ("training_runs", "best_models"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+    before, written = snapshot(tmp_path), set()
+    doctor.check_disk(tiny_config())
+    assert written == {str(tmp_path / "outputs" / name) for name in (".", "training_runs", "best_models")}
+    assert snapshot(tmp_path) == before
+
+
+def test_check_disk_reports_directory_that_cannot_be_written(tmp_path, tiny_config, monkeypatch):
+    def fail(dir, **_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{dir}/.probe-x")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", fail)
+    result = doctor.check_disk(tiny_config())
+    assert result.status == "error"
+    assert f"cannot write to {tmp_path}" in result.message
+    assert "Read-only file system" in result.message
+    result = doctor.check_dataset(tiny_config(data={"root": str(tmp_path / "new" / "data")}))
+    assert result.status == "error"
+    assert result.message == f"cannot write to {tmp_path}: Read-only file system"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "Not a directory"),
+        ("file/outputs", "Not a directory"),
+        ("link", "No such file or directory"),
+        ("link/outputs", "No such file or directory"),
+        ("loop", "Too many levels of symbolic links"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_check_disk_with_unusable_path_names_it(tmp_path, tiny_config, name, reason):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("/mnt/gone/outputs")
+    (tmp_path / "loop").symlink_to("loop")
+    result = doctor.check_disk(tiny_config(output_dir=str(tmp_path / name)))
+    assert result.status == "error"
+    assert reason in result.message
+    assert str(tmp_path / name).removesuffix("/outputs") in result.message
 
 
 def test_check_device_has_no_side_effects(monkeypatch):
