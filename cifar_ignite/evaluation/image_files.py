@@ -1,47 +1,98 @@
-"""Image files of any size and format, as 32x32 RGB images."""
+"""Finding image files below directories, and loading many of them."""
 
 import logging
+import os
+import re
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from cifar_ignite.data.dataset import IMAGE_SIZE
-from cifar_ignite.errors import InputError
+from cifar_ignite.errors import InputError, first_line
+from cifar_ignite.evaluation.image_reading import MEMORY_BUDGET, can_allocate, load_image
 
-# A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if at least this size remains to resample from.
-MIN_DECODED_SIZE = 4 * IMAGE_SIZE
-BACKGROUND = "white"
+# What operating systems and storage devices put next to images, in lowercase; names that start with a dot as well.
+SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle", "$recycle.bin"}
+MAX_LOGGED_NAMES = 3
 
 logger = logging.getLogger(__name__)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the given files, and the files below the given directories whose extension Pillow knows, sorted.
+    """Return the given files, and all files below the given directories, sorted; loading them shows which are images.
+
+    Links to directories are followed, except to those above the given one; each directory is read once. Hidden and
+    system entries are skipped and counted in one log line; a directory below that cannot be read is logged.
 
     Raises:
-        InputError: If a path does not exist, or a directory contains no such file.
+        InputError: If a path does not exist or cannot be read, or a directory contains no file.
     """
-    extensions = Image.registered_extensions()
     files: list[Path] = []
     for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such file or directory")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
-        if not found:
-            raise InputError(f"{path}: no images in this directory (PNG, JPEG, WebP, GIF, BMP, TIFF, ...)")
-        files += found
+        try:
+            is_directory = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a null byte, or characters that no file name can have
+            raise InputError(f"{printable(path)}: {_reason(error)}") from None
+        files += _find_below(path) if is_directory else [path]
     return files
+
+
+def _find_below(directory: Path) -> list[Path]:
+    found: list[Path] = []
+    skipped: list[str] = []
+    errors: list[OSError] = []
+    for parent, subdirectories, names in _walk(directory, errors):
+        skipped += filter(_is_system_name, subdirectories + names)
+        subdirectories[:] = filterfalse(_is_system_name, subdirectories)
+        found += [Path(parent, name) for name in filterfalse(_is_system_name, names)]
+    if skipped:
+        examples = printable(", ".join(sorted(set(skipped))[:MAX_LOGGED_NAMES]))
+        logger.info("%s: skipped %d hidden or system entries (%s)", printable(directory), len(skipped), examples)
+    reports = [f"{printable(error.filename)}: cannot list this directory ({_reason(error)})" for error in errors]
+    if not found:
+        raise InputError(reports[0] if reports else f"{printable(directory)}: no images in this directory or below")
+    for report in reports:
+        logger.warning("%s", report)
+    return sorted(found)
+
+
+def _walk(directory: Path, errors: list[OSError]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what os.walk does, each directory once and linked ones last; the caller removes those it does not want."""
+    visited = {str(above) for above in Path(os.path.realpath(directory)).parents}
+    pending = [str(directory)]
+    for start in pending:
+        for parent, subdirectories, names in os.walk(start, onerror=errors.append):
+            if (real := os.path.realpath(parent)) in visited:
+                subdirectories.clear()
+                continue
+            visited.add(real)
+            yield parent, subdirectories, names
+            children = [os.path.join(parent, name) for name in subdirectories]
+            pending += sorted(child for child in children if os.path.islink(child))
+
+
+def _is_system_name(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def printable(text: object) -> str:
+    """Return text, such as a path, for one line of a log: control characters and undecodable bytes become "?"."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", str(text))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+# --- Loading ------------------------------------------------------------------------------------------------------
 
 
 def load_images(files: Sequence[Path]) -> tuple[list[Path], Tensor]:
@@ -51,17 +102,17 @@ def load_images(files: Sequence[Path]) -> tuple[list[Path], Tensor]:
         The readable files, and their images, uint8 (N, 3, 32, 32).
     """
     readable: list[Path] = []
-    images: list[Tensor] = []
+    images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata and large images; it refuses too large ones
         results = tqdm(_map_in_chunks(pool, files), total=len(files), desc="load", disable=None, dynamic_ncols=True)
         for file, result in results:
             if isinstance(result, str):
-                logger.warning("%s: %s", file, result)
+                logger.warning("%s: %s", printable(file), printable(result))
             else:
+                images[len(readable)] = result
                 readable.append(file)
-                images.append(result)
-    return readable, torch.stack(images) if images else torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    return readable, images[: len(readable)]
 
 
 def _map_in_chunks(
@@ -76,32 +127,15 @@ def _map_in_chunks(
 def try_load_image(file: Path) -> Tensor | str:
     """Return the image as `load_image` does, or the reason, in one line, why it cannot be loaded."""
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return "not a regular file"  # opening a named pipe would wait for its writer
         return load_image(file)
+    except InputError as error:
+        return str(error)
     except UnidentifiedImageError:
-        return "not an image of a known format"
+        return "not an image of a known format or pixel type; convert it to PNG or JPEG"
+    except MemoryError:
+        return "not enough memory to decode this image"
     except Exception as error:  # damaged files raise almost anything: OSError, SyntaxError, ValueError, struct.error
-        return f"not a readable image ({' '.join(str(error).split()) or type(error).__name__})"
-
-
-def load_image(file: Path) -> Tensor:
-    """Load an image file of any size: its center square, resized to 32x32 pixels.
-
-    Applies the EXIF orientation, puts transparent pixels on white, converts grayscale and palettes to RGB and 16 bits
-    to 8, and takes the first frame of an animation. A 32x32 image keeps its values.
-
-    Returns:
-        uint8 (3, 32, 32).
-
-    Raises:
-        Exception: If the file is damaged or not an image; of almost any type.
-    """
-    with Image.open(file) as opened:
-        opened.draft("RGB", (MIN_DECODED_SIZE, MIN_DECODED_SIZE))
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        resized = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        is_clear = can_allocate(MEMORY_BUDGET)  # libjpeg, libwebp and OpenJPEG report any failure as damage
+        return f"not a readable image{'' if is_clear else ', or not enough memory to decode it'} ({_reason(error)})"

@@ -1,97 +1,114 @@
-"""Loading image files of all kinds that users have."""
+"""Finding image files below directories, and loading many of them."""
 
-import numpy as np
+import os
+from unittest.mock import Mock
+
 import pytest
-import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional
 
-from cifar_ignite.config import SyntheticConfig
-from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation.image_files import find_images, load_image, load_images
+from cifar_ignite.evaluation import image_files, image_reading
+from cifar_ignite.evaluation.image_files import find_images, load_images, printable
 from tests.evaluation.helpers import smooth_image
 
-
-def as_array(path):
-    image = load_image(path)
-    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 32, 32))
-    return image.permute(1, 2, 0).numpy()
+# --- Finding ------------------------------------------------------------------------------------------------------
 
 
-def test_load_image_keeps_values_of_32x32_images(tmp_path):
-    image = make_synthetic(SyntheticConfig(test_size=1), train=False).images[0].permute(1, 2, 0).numpy()
-    for extension, options in (("png", {}), ("webp", {"lossless": True}), ("bmp", {}), ("tiff", {})):
-        Image.fromarray(image).save(tmp_path / f"a.{extension}", **options)
-        assert np.array_equal(as_array(tmp_path / f"a.{extension}"), image), extension
+def create_files(directory, *names):
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (90, 200), (1, 1), (5, 300), (700, 320)])
-def test_load_image_crops_center_square(tmp_path, height, width):
-    image = smooth_image(height, width)
-    Image.fromarray(image).save(tmp_path / "a.png")
-    side = min(height, width)
-    center = functional.center_crop(torch.from_numpy(image).permute(2, 0, 1), [side, side])
-    expected = functional.resize(center, [32, 32], antialias=True).permute(1, 2, 0).numpy()
-    difference = np.abs(as_array(tmp_path / "a.png").astype(int) - expected)
-    assert difference.mean() < 2.5  # another filter, and half a pixel where a margin is odd
+def find_names(directory, *paths):
+    """Return what `find_images` finds, relative to a directory."""
+    return [path.relative_to(directory).as_posix() for path in find_images(paths or [directory])]
 
 
-def test_load_image_decodes_large_jpeg_like_png(tmp_path):
-    """A JPEG is decoded at a fraction of its size, which is fast."""
-    image = Image.fromarray(smooth_image(1500, 2000))
-    image.save(tmp_path / "a.png")
-    image.save(tmp_path / "a.jpg", quality=95)
-    assert np.abs(as_array(tmp_path / "a.jpg").astype(int) - as_array(tmp_path / "a.png")).max() <= 6
+def test_find_images_returns_all_files_below_directories_and_named_files(tmp_path):
+    """Whatever their extension: loading shows what is an image."""
+    create_files(tmp_path, "b.PNG", "a/c.jpeg", "a/no_extension", "a/photo.jpg_large", "IMG_1.HEIC", ".named.png")
+    expected = ["IMG_1.HEIC", "a/c.jpeg", "a/no_extension", "a/photo.jpg_large", "b.PNG", ".named.png"]
+    assert find_names(tmp_path, tmp_path, tmp_path / ".named.png") == expected
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_load_image_applies_exif_orientation(tmp_path, orientation):
-    upright = smooth_image(60, 60)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    undo = {
-        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
-        6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
-    }  # fmt: skip
-    Image.fromarray(np.ascontiguousarray(undo[orientation](upright))).save(tmp_path / "rotated.png", exif=exif)
-    Image.fromarray(upright).save(tmp_path / "upright.png")
-    difference = as_array(tmp_path / "rotated.png").astype(int) - as_array(tmp_path / "upright.png")
-    assert np.abs(difference).max() <= 1
+def test_find_images_counts_hidden_and_system_entries_in_one_line(tmp_path, caplog):
+    create_files(tmp_path, "a.png", "._a.png", ".DS_Store", "b/Thumbs.db", "desktop.ini", ".hidden/b.png")
+    create_files(tmp_path, "__MACOSX/._a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg")
+    with caplog.at_level("INFO", "cifar_ignite"):
+        assert find_names(tmp_path) == ["a.png"]
+    (line,) = caplog.messages
+    assert f"{tmp_path}: skipped 7 hidden or system entries (.DS_Store, ._a.png, .hidden)" in line
 
 
-def test_load_image_converts_grayscale_16_bit_and_1_bit(tmp_path):
-    gray = smooth_image(32, 32, 1)[..., 0]
-    Image.fromarray(gray).save(tmp_path / "gray.png")
-    assert np.array_equal(as_array(tmp_path / "gray.png"), np.stack([gray] * 3, -1))
-    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16_bit.png")
-    assert np.array_equal(as_array(tmp_path / "16_bit.png"), np.stack([gray] * 3, -1))
-    Image.fromarray(gray > 128).save(tmp_path / "1_bit.png")
-    assert set(np.unique(as_array(tmp_path / "1_bit.png"))) == {0, 255}
+def test_find_images_follows_links_and_reads_each_directory_once(tmp_path):
+    create_files(tmp_path, "root/a.png", "root/real/b.png", "elsewhere/c.png", "elsewhere/deep/d.png", "outside.png")
+    links = {
+        "root/1": "real",
+        "root/cats": "../elsewhere",
+        "root/loop": ".",
+        "root/up": "..",
+        "elsewhere/back": "../root",
+    }
+    for link, target in {**links, "elsewhere/deep/again": "..", "root/dangling.png": "none"}.items():
+        (tmp_path / link).symlink_to(target)
+    expected = ["a.png", "cats/c.png", "cats/deep/d.png", "dangling.png", "real/b.png"]
+    assert find_names(tmp_path / "root") == expected
+    (tmp_path / "link").symlink_to("root")
+    assert find_names(tmp_path / "link") == expected
 
 
-def test_load_image_puts_transparency_on_white(tmp_path):
-    """Transparent on the left, half transparent in the middle row."""
-    rgba = np.zeros((32, 32, 4), np.uint8)
-    rgba[:, 16:, 3], rgba[:, :16, 0], rgba[16, 16:, 3] = 255, 200, 128
-    Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    loaded = as_array(tmp_path / "rgba.png")
-    assert (loaded[:, :16] == 255).all()
-    assert (loaded[:16, 16:] == 0).all()
-    assert np.abs(loaded[16, 16:].astype(int) - 127).max() <= 1
-    Image.fromarray(rgba).save(tmp_path / "palette.gif")
-    assert (as_array(tmp_path / "palette.gif")[:, :16] == 255).all()
+def test_find_images_logs_directory_that_cannot_be_listed(tmp_path, monkeypatch, caplog):
+    create_files(tmp_path, "a.png", "private/b.png")
+    scandir = os.scandir
+
+    def deny(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    assert find_names(tmp_path) == ["a.png"]
+    assert caplog.messages == [f"{tmp_path}/private: cannot list this directory (Permission denied)"]
+    with pytest.raises(InputError, match="private: cannot list"):
+        find_images([tmp_path / "private"])
 
 
-def test_load_image_converts_cmyk(tmp_path):
-    Image.fromarray(smooth_image(32, 32, 4), mode="CMYK").save(tmp_path / "cmyk.jpg")
-    as_array(tmp_path / "cmyk.jpg")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.png", "No such file"),
+        (300 * "x", "name too long"),
+        ("a\0b.png", r"a\?b\.png: embedded null"),
+        ("file.png/x", "Not a directory"),
+        ("~nosuchuser/x", "No such file"),
+        ("empty", "no images"),
+        ("loop", "symbolic links"),
+    ],
+)
+def test_find_images_rejects_path_that_cannot_be_read(tmp_path, name, message):
+    create_files(tmp_path, "file.png", "empty/.hidden.png")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=message) as caught:
+        find_images([tmp_path / name])
+    assert "\n" not in str(caught.value)
 
 
-def test_load_image_takes_first_frame_of_animation(tmp_path):
-    frames = [Image.fromarray(np.full((32, 32), value, np.uint8)) for value in (10, 200)]
-    frames[0].save(tmp_path / "animation.gif", save_all=True, append_images=frames[1:])
-    assert (as_array(tmp_path / "animation.gif") == 10).all()
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="requires POSIX permissions")
+def test_find_images_rejects_path_without_permission(tmp_path):
+    create_files(tmp_path, "private/a.png")
+    (tmp_path / "private").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # root may read everything
+            os.seteuid(65534)
+        with pytest.raises(InputError, match="Permission denied"):
+            find_images([tmp_path / "private" / "a.png"])
+    finally:
+        os.seteuid(user)
+
+
+# --- Loading ------------------------------------------------------------------------------------------------------
 
 
 def test_load_images_without_files_returns_empty_tensor():
@@ -100,16 +117,38 @@ def test_load_images_without_files_returns_empty_tensor():
     assert images.shape == (0, 3, 32, 32)
 
 
-def test_find_images_searches_directories_and_keeps_named_files(tmp_path):
-    for name in ("b.PNG", "a/c.jpeg", "a/z.webp", "notes.txt", "a/.hidden"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_images([tmp_path, tmp_path / "notes.txt"])
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/c.jpeg", "a/z.webp", "b.PNG", "notes.txt"]
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+def test_load_images_does_not_wait_for_named_pipe(tmp_path, caplog):
+    os.mkfifo(tmp_path / "pipe")
+    assert load_images(find_images([tmp_path]))[0] == []
+    assert caplog.messages == [f"{tmp_path}/pipe: not a regular file"]
 
 
-def test_find_images_rejects_missing_path_and_directory_without_images(tmp_path):
-    with pytest.raises(InputError, match=r"missing\.png: no such file"):
-        find_images([tmp_path / "missing.png"])
-    with pytest.raises(InputError, match="no images"):
-        find_images([tmp_path])
+def test_load_images_decides_by_content(tmp_path, caplog):
+    """Images without an extension or with a wrong one are read; what is none gets a line."""
+    image = Image.fromarray(smooth_image(40, 40))
+    image.save(tmp_path / "image", "JPEG")
+    image.save(tmp_path / "image.txt", "PNG")
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500))
+    (tmp_path / "b.png").write_text("text")
+    (tmp_path / "c.png").symlink_to("none")
+    readable, images = load_images(find_images([tmp_path]))
+    assert [path.name for path in readable] == ["image", "image.txt"]
+    assert images.shape == (2, 3, 32, 32)
+    assert [message.split(": ")[0] for message in caplog.messages] == [
+        str(tmp_path / f"{n}") for n in ("a.HEIC", "b.png", "c.png")
+    ]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("broken data stream")])  # libjpeg reports it as damage
+def test_load_images_reports_lack_of_memory(tmp_path, monkeypatch, caplog, error):
+    Image.fromarray(smooth_image(40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(image_reading, "to_rgb", Mock(side_effect=error))
+    monkeypatch.setattr(image_files, "can_allocate", lambda size: False)
+    load_images([tmp_path / "a.png"])
+    (message,) = caplog.messages
+    assert "not enough memory" in message
+
+
+def test_printable_replaces_what_does_not_fit_in_a_line():
+    assert printable("a\nb\x1b\udce9é\u202f.png") == "a?b??é\u202f.png"
