@@ -1,18 +1,21 @@
 """The predict command: classes of image files."""
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 
+from cifar_ignite.config import Config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation.image_files import find_images, load_images
+from cifar_ignite.evaluation.image_files import find_images, load_images, printable
 from cifar_ignite.evaluation.inference import create_inference_forward, create_tta_forward, run_inference
 from cifar_ignite.evaluation.metrics import prediction_table
 from cifar_ignite.evaluation.trained_model import load_trained_model
-from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors
+from cifar_ignite.files import atomic_write, create_unique_dir, timestamp, translate_write_errors
 
 MAX_LOGGED_ROWS = 20
 
@@ -29,7 +32,7 @@ def predict(
     """Classify image files.
 
     Args:
-        paths: Image files, and directories that are searched recursively.
+        paths: Image files, and directories that are searched recursively (see `find_images`).
         checkpoint: Any checkpoint of this project; None loads the latest best model.
         model_name: Experiment whose latest best model is loaded; None allows all experiments.
         overrides: Strings `section.key=value`, applied to the checkpoint's configuration.
@@ -46,25 +49,48 @@ def predict(
     files = find_images(paths)
     readable, images = load_images(files)
     if not readable:
-        raise InputError(f"{paths[0]}: none of {len(files)} files is a readable image")
+        raise InputError(f"{printable(paths[0])}: none of {len(files)} files is a readable image")
     class_names = tuple(trained.record.class_names)
-    dataset = ImageDataset(images, None, [str(file) for file in readable], class_names)
+    dataset = ImageDataset(images, None, list(range(len(readable))), class_names)
     forward = create_inference_forward(trained)
     probabilities, _ = run_inference(trained, create_tta_forward(forward, tta) if tta else forward, dataset)
     table = prediction_table(dataset, probabilities, class_names).rename(columns={"ID": "file"})
+    # Not the default type for strings: with pyarrow installed, it refuses file names that are not UTF-8.
+    table["file"] = pd.Series([str(file) for file in readable], dtype=object)
     log_predictions(table)
-    with translate_write_errors(trained.config.output_dir):
-        name = f"{trained.config.experiment}_{timestamp()}"
-        path = create_unique_dir(trained.config.output_dir / "predictions", name) / "predictions.csv"
-        table.to_csv(path, index=False, float_format="%.6f")
-    logger.info("predictions  %s (%d of %d files)", path, len(readable), len(files))
+    path = write_predictions(table, trained.config)
+    logger.info("predictions  %s (%d of %d files)", printable(path), len(readable), len(files))
     return path
+
+
+def write_predictions(table: pd.DataFrame, config: Config) -> Path:
+    """Write predictions.csv into a new directory and return its path.
+
+    Raises:
+        InputError: If it cannot be written; no directory remains.
+    """
+    with translate_write_errors(config.output_dir):
+        directory = create_unique_dir(config.output_dir / "predictions", f"{config.experiment}_{timestamp()}")
+        path = directory / "predictions.csv"
+        try:
+            with atomic_write(path) as temp_path, _open_csv(temp_path) as file:
+                table.to_csv(file, index=False, float_format="%.6f")
+        except BaseException:
+            directory.rmdir()
+            raise
+    return path
+
+
+def _open_csv(path: Path) -> TextIO:
+    """Open a new file for text in which file names keep bytes that are not UTF-8."""
+    return path.open("w", encoding="utf-8", errors=sys.getfilesystemencodeerrors(), newline="")
 
 
 def log_predictions(table: pd.DataFrame) -> None:
     """Log the first predictions, and if there are more, the number of images per class."""
     first = table[["file", "predicted", "confidence"]].head(MAX_LOGGED_ROWS)
-    logger.info("\n%s\n", first.assign(confidence=first["confidence"].map("{:.1%}".format)).to_string(index=False))
+    first = first.assign(file=first["file"].map(printable), confidence=first["confidence"].map("{:.1%}".format))
+    logger.info("\n%s\n", first.to_string(index=False))
     if len(table) > MAX_LOGGED_ROWS:
         counts = ", ".join(f"{count} {name}" for name, count in table["predicted"].value_counts().items())
         logger.info("%d more; total: %s", len(table) - MAX_LOGGED_ROWS, counts)

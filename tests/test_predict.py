@@ -1,6 +1,8 @@
 """The predict command on image files."""
 
+import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -44,7 +46,7 @@ def test_predict_warns_of_each_unreadable_file_and_predicts_the_rest(command, tm
     assert [line.split(": ")[0] for line in warnings] == [
         str(directory / name) for name in ("bomb.png", "empty.jpg", "text.png", "truncated.png")
     ]
-    assert warnings[2].endswith(": not an image of a known format")
+    assert warnings[2].endswith(": not an image of a known format or pixel type; convert it to PNG or JPEG")
     (path,) = (tmp_path / "outputs" / "predictions").glob("tiny_*/predictions.csv")
     table = pd.read_csv(path)
     assert table.columns.tolist() == ["file", "predicted", "confidence", *CIFAR10_CLASSES]
@@ -80,9 +82,12 @@ def test_predict_matches_evaluate(command, tmp_path, cifar_root):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("missing.png", "missing.png: no such file or directory"),
+        ("missing.png", "missing.png: No such file or directory"),
         ("empty", "empty: no images in this directory"),
         ("text.png", "text.png: none of 1 files is a readable image"),
+        (300 * "x", f"{300 * 'x'}: File name too long"),
+        ("a\0b.png", "a?b.png: embedded null"),
+        ("~nosuchuser/a.png", "~nosuchuser/a.png: No such file"),
     ],
 )
 def test_predict_without_readable_image_writes_nothing(command, tmp_path, path, expected):
@@ -94,3 +99,36 @@ def test_predict_without_readable_image_writes_nothing(command, tmp_path, path, 
     assert err.startswith(f"cifar_ignite: {expected}")
     assert err.count("\n") == 1
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_predict_keeps_file_name_that_is_not_utf8(command, tmp_path):
+    name = os.fsdecode(b"caf\xe9\n.png")
+    (tmp_path / "images").mkdir()
+    try:
+        Image.fromarray(smooth_image(40, 40)).save(tmp_path / "images" / name)
+    except OSError:
+        pytest.skip("the file system accepts UTF-8 only")
+    (tmp_path / "images" / os.fsdecode(b"\xff.txt")).touch()
+    status, out, _ = command("predict", tmp_path / "images")
+    assert status == 0
+    assert "caf??.png" in out
+    assert "?.txt: not an image" in out
+    (path,) = (tmp_path / "outputs" / "predictions").glob("tiny_*/predictions.csv")
+    files = pd.read_csv(path, encoding_errors="surrogateescape")["file"].tolist()
+    assert files == [str(tmp_path / "images" / name)]
+    assert Path(files[0]).exists()
+
+
+@pytest.mark.usefixtures("trained")
+def test_predict_writes_complete_file_or_nothing(command, tmp_path, monkeypatch):
+    def fail_in_the_middle(table, file, **_):
+        file.write("file,predicted")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail_in_the_middle)
+    Image.fromarray(smooth_image(40, 40)).save(tmp_path / "a.png")
+    status, _, err = command("predict", tmp_path / "a.png")
+    assert status == 2
+    assert "No space left on device" in err
+    assert list((tmp_path / "outputs" / "predictions").iterdir()) == []
