@@ -1,14 +1,44 @@
-"""Figures as PNG files, drawn without a display."""
+"""Figures as PNG files, drawn without a display: on Agg's canvas and in matplotlib's default style.
 
+Neither MPLBACKEND nor a matplotlibrc file has an effect.
+"""
+
+import contextlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+
+def _import_matplotlib() -> None:
+    """Import matplotlib, which raises if MPLBACKEND names a backend that is not installed.
+
+    Child processes of a notebook inherit its MPLBACKEND. Where that is valid, it stays the backend of other figures.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+
+_import_matplotlib()
+
+from matplotlib import style  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
 DPI = 110
 TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
@@ -20,6 +50,7 @@ CURVE_LABELS = {
 }
 
 
+@style.context("default")
 def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) -> None:
     """Write loss.png, accuracy.png and learning_rate.png into `directory`.
 
@@ -34,7 +65,7 @@ def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) 
         ("accuracy", "Accuracy", ["train_acc", "val_acc"]),
         ("learning_rate", "Learning rate", ["lr"]),
     ):
-        figure, axes = _create_figure(title, "epoch")
+        figure, axes = _create_axes(title, "epoch")
         for column, color in zip(columns, (TRAIN_COLOR, VAL_COLOR), strict=False):
             if table[column].notna().any():
                 marker = "o" if len(table) < 30 else None
@@ -44,12 +75,13 @@ def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) 
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         if name != "learning_rate":
             axes.legend()
-        figure.savefig(directory / f"{name}.png")
+        figure.savefig(directory / f"{name}.png", format="png")
 
 
+@style.context("default")
 def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Plot counts by true class (row) and predicted class (column), colored by their fraction of the row."""
-    figure, axes = _create_figure("Confusion matrix", "predicted class", size=(7.5, 7))
+    figure, axes = _create_axes("Confusion matrix", "predicted class", size=(7.5, 7))
     fractions = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
@@ -59,9 +91,10 @@ def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: 
     axes.set_xticks(range(len(class_names)), list(class_names), rotation=45, ha="right")
     axes.set_yticks(range(len(class_names)), list(class_names))
     axes.grid(False)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
+@style.context("default")
 def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
     """Plot a reliability diagram over a histogram of the confidences (Guo et al., 2017, arXiv:1706.04599).
 
@@ -70,7 +103,7 @@ def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
         error: Expected calibration error in [0, 1].
         path: PNG file.
     """
-    figure = Figure(figsize=(6, 6), dpi=DPI, layout="constrained")
+    figure = _create_figure((6, 6))
     diagram, histogram = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     width = bins["high"] - bins["low"]
     bars = {"width": width, "align": "edge", "edgecolor": "white"}
@@ -85,9 +118,10 @@ def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
     for axes in (diagram, histogram):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         _style_grid(axes)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
+@style.context("default")
 def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> None:
     """Plot the most confident errors as a grid of images with predicted and true class.
 
@@ -98,7 +132,7 @@ def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> 
     """
     columns = 6
     rows = max(1, -(-len(errors) // columns))
-    figure = Figure(figsize=(1.75 * columns, 2.15 * rows + 0.5), dpi=DPI, layout="constrained")
+    figure = _create_figure((1.75 * columns, 2.15 * rows + 0.5))
     figure.suptitle("Most confident errors" if len(errors) else "No errors")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
@@ -107,9 +141,10 @@ def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> 
         axes.imshow(image, interpolation="nearest")
         title = f"pred {error['predicted']} ({error['confidence']:.1%})\ntrue {error['true']}, ID {error['ID']}"
         axes.set_title(title, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
+@style.context("default")
 def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Plot validation accuracy by epoch, and the best validation and test accuracy, of several runs.
 
@@ -119,14 +154,14 @@ def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], 
         path: PNG file.
     """
     height = max(4.5, 1.5 + 0.4 * len(table))
-    figure = Figure(figsize=(13, height), dpi=DPI, layout="constrained")
+    figure = _create_figure((13, height))
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     colors = [f"C{index % 10}" for index in range(len(table))]
     _plot_run_curves(curves, [histories[run] for run in table["run"]], colors)
     _plot_run_bars(bars, table, colors)
     for axes in (curves, bars):
         _style_grid(axes)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _plot_run_curves(axes: Axes, histories: Sequence[pd.DataFrame], colors: Sequence[str]) -> None:
@@ -154,9 +189,15 @@ def _plot_run_bars(axes: Axes, table: pd.DataFrame, colors: Sequence[str]) -> No
     axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _create_figure(title: str, xlabel: str, size: tuple[float, float] = (7, 4.5)) -> tuple[Figure, Axes]:
+def _create_figure(size: tuple[float, float]) -> Figure:
     # Figure without pyplot: no display, no global state, nothing to close.
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _create_axes(title: str, xlabel: str, size: tuple[float, float] = (7, 4.5)) -> tuple[Figure, Axes]:
+    figure = _create_figure(size)
     axes = figure.add_subplot(title=title, xlabel=xlabel)
     axes.grid(alpha=0.3)
     return figure, axes
