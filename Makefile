@@ -4,6 +4,16 @@
 .DELETE_ON_ERROR:
 .PHONY: help install demo train evaluate predict export compare doctor tensorboard models docs bench accuracy test lint format
 
+# Only the command line sets these variables: shells and containers export such names for other programs.
+variables := MODEL RECIPE DATA DATA_DIR OUTPUT_DIR SET SEED EPOCHS RESUME NPROC CHECKPOINT TEST_FILE TTA IMAGES $\
+	OUT SEEDS TORCH_INDEX
+exported := $(strip $(foreach name,$(variables),$(if $(value $(name)),$(if $(filter environment,$(origin $(name))),$(name)))))
+ifneq ($(exported),)
+example := make $(MAKECMDGOALS) $(foreach name,$(exported),$(name)=...)
+$(warning $(exported): exported in the environment, which is ignored; to set it: $(strip $(example)))
+$(foreach name,$(exported),$(eval $(name) :=))
+endif
+
 # The active conda or virtual environment is used if the package is installed in it; otherwise .venv is created once.
 PYTHON ?= python3
 active := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
@@ -22,8 +32,13 @@ endif
 escape = $(subst ','\'',$1)
 option = $(if $(value $1), --$2 '$(call escape,$(value $1))')
 set = $(if $(value $1), --set $2='$(call escape,$(value $1))')
-overrides = $(call set,DATA_DIR,data.root)$(call set,DATA,data.dataset)$(call set,OUTPUT_DIR,output_dir)$\
-	$(foreach item,$(value SET), --set '$(call escape,$(item))')
+overrides = $(call set,DATA_DIR,data.root)$(call set,DATA,data.dataset)$(call set,OUTPUT_DIR,output_dir)$(sets)
+# SET is split before the words that contain "=": the list in SET="augment.erasing_scale=[0.02, 0.2] seed=1" is one value.
+empty :=
+space := $(empty) $(empty)
+tab := $(empty)	$(empty)
+marked = $(foreach word,$(value SET),$(if $(findstring =,$(word)),$(tab))$(word))
+sets = $(if $(strip $(marked)), --set '$(subst $(tab),,$(subst $(space)$(tab),' --set ',$(call escape,$(marked))))')
 # A recipe, and a dataset other than CIFAR-10, are experiments of their own: se, se_fast, se_synthetic.
 recipe := $(or $(value MODEL),se)$(if $(value RECIPE),_$(value RECIPE))
 suffix := $(if $(filter-out cifar10,$(value DATA)),_$(value DATA))
@@ -73,8 +88,8 @@ models: $(environment) ## List the models with parameters and multiply-adds
 	@$(run) -m cifar_ignite models
 
 docs: $(environment) ## Generate docs/configuration.md and configs/schema.json, after a change of config.py
-	$(run) -m cifar_ignite config-reference > docs/.configuration.md && mv docs/.configuration.md docs/configuration.md
-	$(run) -m cifar_ignite schema > configs/.schema.json && mv configs/.schema.json configs/schema.json
+	PYTHONIOENCODING=utf-8 PYTHONOPTIMIZE= $(run) -m cifar_ignite config-reference > docs/.configuration.md && mv docs/.configuration.md docs/configuration.md
+	PYTHONIOENCODING=utf-8 PYTHONOPTIMIZE= $(run) -m cifar_ignite schema > configs/.schema.json && mv configs/.schema.json configs/schema.json
 
 bench: $(environment) ## Measure images per second against a bare training step and a tutorial loop: MODEL= RECIPE= OUT=file
 	$(run) -m benchmarks.throughput --config 'configs/$(call escape,$(recipe)).json'$(overrides)$(call option,OUT,out)
@@ -97,7 +112,7 @@ format: $(environment) ## Format the code
 
 install: $(environment) ## Create .venv (other targets do it when needed): PYTHON= TORCH_INDEX=
 
-## Everywhere: DATA_DIR=directory of cifar-10-batches-py, DATA=synthetic, OUTPUT_DIR=, SET="optimizer.lr=0.1 train.epochs=5"
+## Everywhere: DATA_DIR=directory of cifar-10-batches-py, DATA=synthetic, OUTPUT_DIR=, SET="optimizer.lr=0.1 augment.erasing_scale=[0.02, 0.2]"
 
 .venv/.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

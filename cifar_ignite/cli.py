@@ -4,7 +4,9 @@ Exit status: 0 success, 1 the run failed, 2 invalid input, 130 interrupted (SIGI
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -14,31 +16,45 @@ from typing import Any, NoReturn
 
 from cifar_ignite.config_io import load_config
 from cifar_ignite.distributed.env import dist_env_from_environ, is_local_primary
-from cifar_ignite.errors import InputError, TrainingError, translate_oom_errors
+from cifar_ignite.errors import InputError, TrainingError, first_line, translate_oom_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    options = create_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     console = logging.StreamHandler(sys.stdout)
     console.handleError = lambda record: None  # type: ignore[method-assign]  # a closed stdout does not end a run
     package = logging.getLogger("cifar_ignite")
     package.setLevel(logging.INFO)
-    # Ignite logs each exception that passes through an engine; it is printed once, below.
+    # Ignite logs each exception that passes through an engine; it is printed once, in `_run`.
     logging.getLogger("ignite").addHandler(logging.NullHandler())
+    try:
+        options = create_parser().parse_args(arguments)
+        package.addHandler(console)
+        return _run(console, **vars(options))
+    finally:
+        package.removeHandler(console)
+        _flush("stdout")
+        _flush("stderr")
+
+
+def _run(console: logging.Handler, **options: Any) -> int:
+    """Run a command and return the exit status; print an error as one line."""
     try:
         if not dist_env_from_environ().is_primary:
             console.setLevel(logging.CRITICAL)
-        package.addHandler(console)
         with translate_oom_errors():
-            _call(**vars(options))
+            _call(**options)
     except (InputError, TrainingError) as error:
         status = _fail(error.status, error, should_report=error.should_report)
         if isinstance(error, TrainingError) and error.peer_lost:
             # At exit, torch would wait for collectives that it has started with a rank that is gone.
-            _flush_stdout()
+            _flush("stdout")
             os._exit(status)
         return status
+    except OSError as error:
+        return _fail(1, f"{error.filename or type(error).__name__}: {error.strerror or first_line(error)}")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -49,9 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:  # outside of training, which handles signals itself
         return _fail(130, "interrupted")
-    finally:
-        package.removeHandler(console)
-        _flush_stdout()
     return 0
 
 
@@ -65,21 +78,36 @@ def _call(function: str, **arguments: Any) -> None:
     module, _, name = function.rpartition(".")
     result = getattr(importlib.import_module(module), name)(**arguments)
     if isinstance(result, str):
-        print(result)
+        _print_result(result)
 
 
-def _flush_stdout() -> None:
-    """Flush stdout; if its reader is gone (`| head`), replace it, because Python would complain at exit."""
+def _print_result(text: str) -> None:
+    """Print a result; `| head` may close stdout early.
+
+    Raises:
+        TrainingError: If stdout cannot be written, for example because it is a file on a full disk.
+    """
     try:
-        sys.stdout.flush()
+        print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise TrainingError(f"cannot write to stdout: {error.strerror}") from None
+
+
+def _flush(name: str) -> None:
+    """Flush stdout or stderr; if that fails, replace it, because Python would complain at exit."""
+    try:
+        getattr(sys, name).flush()
     except (OSError, ValueError, AttributeError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _fail(status: int, message: object, should_report: bool | None = None) -> int:
     """Print one line on stderr, on one rank per machine unless the ranks agreed on one, and return `status`."""
     if is_local_primary() if should_report is None else should_report:
-        print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed, or a file on a full disk
+            print(f"cifar_ignite: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -117,12 +145,18 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """Return a path with `~` expanded, as not every shell does after the `=` of a variable of make."""
+    return Path(os.path.expanduser(text))
+
+
 def _add_train_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON configuration of the run")
+    command.add_argument("--config", type=_path, required=True, metavar="FILE", help="JSON configuration of the run")
     command.add_argument(
         "--resume",
+        type=os.path.expanduser,
         metavar="latest|PATH",
-        help="resume the latest run of the experiment, a run directory, or a full checkpoint (checkpoints/*.pt)",
+        help="resume the latest run of the experiment, a run directory, its checkpoints directory, or a file in there",
     )
     command.add_argument(
         "--allow-changes", action="store_true", help="resume with the given configuration, whatever it changes"
@@ -133,14 +167,14 @@ def _add_train_options(command: argparse.ArgumentParser) -> None:
 def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
     _add_model_options(command)
     command.add_argument(
-        "--test-file", type=Path, metavar="PATH", help="unlabeled competition pickle instead of the test set"
+        "--test-file", type=_path, metavar="PATH", help="unlabeled competition pickle instead of the test set"
     )
     _add_tta(command, "also evaluate")
     _add_overrides(command)
 
 
 def _add_predict_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image, or a directory of images")
+    command.add_argument("paths", type=_path, nargs="+", metavar="PATH", help="an image, or a directory of images")
     _add_model_options(command)
     _add_tta(command, "predict with")
     _add_overrides(command)
@@ -148,7 +182,7 @@ def _add_predict_options(command: argparse.ArgumentParser) -> None:
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
-    group.add_argument("--checkpoint", type=Path, metavar="PATH", help="checkpoint (default: the latest best model)")
+    group.add_argument("--checkpoint", type=_path, metavar="PATH", help="checkpoint (default: the latest best model)")
     group.add_argument("--model", dest="model_name", metavar="NAME", help="best model of this experiment")
 
 

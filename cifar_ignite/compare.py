@@ -13,7 +13,7 @@ from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config, parse_config
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import modification_key, translate_write_errors
+from cifar_ignite.files import atomic_write, check_listable, list_files, translate_write_errors
 from cifar_ignite.models import create_model
 from cifar_ignite.plots import plot_comparison
 
@@ -32,7 +32,7 @@ def compare(overrides: Sequence[str] = ()) -> Path:
         and images_per_second (median over the epochs).
 
     Raises:
-        InputError: If there is no run, or a file cannot be written.
+        InputError: If there is no run, the runs cannot be listed, or a file cannot be written.
     """
     output_dir = parse_config({}, "--set", overrides).output_dir
     table, histories = load_runs(output_dir)
@@ -40,8 +40,10 @@ def compare(overrides: Sequence[str] = ()) -> Path:
         raise InputError(f"{output_dir / 'training_runs'}: no runs to compare; train one first: make train MODEL=se")
     logger.info("%s\n", format_comparison(table).to_string(index=False))
     with translate_write_errors(output_dir):
-        table.to_csv(output_dir / "comparison.csv", index=False)
-        plot_comparison(table, histories, output_dir / "comparison.png")
+        with atomic_write(output_dir / "comparison.csv") as temp_path:
+            table.to_csv(temp_path, index=False)
+        with atomic_write(output_dir / "comparison.png") as temp_path:
+            plot_comparison(table, histories, temp_path)
     logger.info("comparison  %s, %s", output_dir / "comparison.csv", output_dir / "comparison.png")
     return output_dir / "comparison.csv"
 
@@ -51,7 +53,9 @@ def load_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     histories: dict[str, pd.DataFrame] = {}
     rows = []
     evaluations = load_latest_evaluations(output_dir / "evaluations")
-    for run_dir in sorted((output_dir / "training_runs").glob("*/")):
+    check_listable(output_dir / "training_runs")
+    configs = list_files(output_dir / "training_runs", "*/config.json")
+    for run_dir in sorted(config.parent for config in configs):
         try:
             history = load_history(run_dir)
             rows.append(summarize_run(run_dir, history, evaluations.get(run_dir.name, {})))
@@ -65,16 +69,21 @@ def load_history(run_dir: Path) -> pd.DataFrame:
     """Load metrics.csv of a run.
 
     Raises:
-        InputError: If it is missing or damaged.
+        InputError: If it is missing, damaged or empty.
     """
     path = run_dir / "logs" / "metrics.csv"
     try:
         history = pd.read_csv(path)
-        return history.astype({"epoch": int, "val_acc": float, "train_acc": float, "images_per_second": float})
-    except OSError:
+        history = history.astype({"epoch": int, "val_acc": float, "train_acc": float, "images_per_second": float})
+    except FileNotFoundError:
         raise InputError(f"{run_dir.name}: no completed epoch (no logs/metrics.csv)") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the metrics: {error.strerror}") from None
     except (ValueError, KeyError):
         raise InputError(f"{path}: not the metrics of a run") from None
+    if history.empty:
+        raise InputError(f"{run_dir.name}: no completed epoch (logs/metrics.csv is empty)")
+    return history
 
 
 def summarize_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -110,14 +119,24 @@ def count_parameters(config: Config) -> int:
 def load_latest_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     """Return metrics.json of each run's latest evaluation with labels, by name of the run."""
     latest: dict[str, dict[str, Any]] = {}
-    for path in sorted(directory.glob("*/metrics.json"), key=modification_key):
+    for path in reversed(list_files(directory, "*/metrics.json")):
         try:
             metrics = json.loads(path.read_text())
             if "accuracy" in metrics:
+                check_accuracies(metrics)
                 latest[metrics["run"]] = metrics
-        except (ValueError, KeyError, TypeError):
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             logger.warning("skipped: %s: not the metrics of an evaluation", path)
     return latest
+
+
+def check_accuracies(metrics: dict[str, Any]) -> None:
+    """Raise a KeyError, TypeError or AttributeError if an accuracy in metrics.json is missing or is not a number."""
+    for accuracy in (metrics["accuracy"], metrics.get("tta", metrics)["accuracy"]):
+        if not isinstance(accuracy, float):
+            raise TypeError(f"expected an accuracy, got {accuracy!r}")
 
 
 def format_comparison(table: pd.DataFrame) -> pd.DataFrame:

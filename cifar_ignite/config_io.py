@@ -4,6 +4,7 @@ import contextlib
 import copy
 import difflib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def parse_config(tree: Any, source: str, overrides: Iterable[str] = ()) -> Confi
         _apply_override(tree, override)
     try:
         # Through JSON, so that strict types are JSON's types: a list is a tuple, an int is a float, "1" is neither.
-        return Config.model_validate_json(json.dumps(tree), strict=True)
+        return Config.model_validate_json(json.dumps(tree, ensure_ascii=False).encode(), strict=True)
+    except UnicodeEncodeError as error:
+        start = error.object[: error.end][-30:]
+        raise InputError(f"{source}: not valid UTF-8 at the end of {start!r}; use UTF-8") from None
     except ValidationError as error:
         problems = "; ".join(_format_error(problem) for problem in error.errors())
         raise InputError(f"{source}: {problems}") from None
@@ -79,11 +83,11 @@ def _read_extended(path: Path, children: tuple[Path, ...]) -> Any:
     parent = tree.pop(EXTENDS_KEY)
     if not isinstance(parent, str) or Path(parent).is_absolute():
         raise InputError(f"{path}: extends: expected a path relative to this file, got {json.dumps(parent)}")
+    if not os.path.isfile(path.parent / parent):
+        raise InputError(f"{path}: extends: {parent}: no such file")
     chain = (*children, path.resolve())
     if (path.parent / parent).resolve() in chain:
         raise InputError(f"{path}: extends: {parent} extends this file, which is a cycle")
-    if not (path.parent / parent).is_file():
-        raise InputError(f"{path}: extends: {parent}: no such file")
     base = _read_extended(path.parent / parent, chain)
     if not isinstance(base, dict):
         raise InputError(f"{path}: extends: {parent}: expected a JSON object, got {type(base).__name__}")
@@ -102,7 +106,7 @@ def merge_trees(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 def _read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot read the configuration: {reason}") from None
     try:

@@ -6,6 +6,7 @@ Imports no library that may be broken before its check: this command has to work
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -32,6 +33,8 @@ OUTPUT_DIRS = ("training_runs", "best_models", "evaluations", "predictions", "ex
 REINSTALL_HINT = "install both with one command from one index: pip install --force-reinstall torch torchvision"
 EARLIER_ERRORS_HINT = "fix the errors above first"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CheckResult:
@@ -54,7 +57,7 @@ class CheckResult:
 
 
 def run_checks(overrides: Sequence[str] = ()) -> None:
-    """Run all checks and print one line for each.
+    """Run all checks and log one line for each.
 
     Args:
         overrides: Strings `section.key=value`; `data.root` and `output_dir` are used.
@@ -76,7 +79,7 @@ def run_checks(overrides: Sequence[str] = ()) -> None:
     for check in checks:
         result = check()
         num_errors += result.status == "error"
-        print(result, flush=True)
+        logger.info("%s", result)
     if num_errors:
         raise TrainingError(f"{num_errors} of {len(checks)} checks failed, see above")
 
@@ -113,6 +116,8 @@ def check_packages() -> CheckResult:
     versions = []
     for name in PACKAGES:
         try:
+            if name == "matplotlib":
+                importlib.import_module("cifar_ignite.plots")  # imports it whatever MPLBACKEND contains
             module = importlib.import_module(name)
         except Exception as error:  # a broken installation raises almost anything
             return CheckResult("packages", "error", f"{name}: {first_line(error)}", "pip install -e .")

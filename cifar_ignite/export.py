@@ -1,6 +1,7 @@
 """The export command: a trained model as torch.export and ONNX programs that need nothing of this project."""
 
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -145,8 +146,10 @@ def export_program(model: nn.Module, images: Tensor) -> ExportedProgram:
 
 def save_pt2(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
     """Save a program as .pt2 and load it again."""
-    with path.open("wb") as file:
-        torch.export.save(program, file)  # type: ignore[arg-type]
+    # If a write to its file fails, the writer of torch.export.save ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
     with path.open("rb") as file:
         return torch.export.load(file).module()  # type: ignore[arg-type]
 

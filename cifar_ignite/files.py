@@ -18,6 +18,8 @@ from cifar_ignite.errors import InputError
 TEMP_SUFFIX = ".tmp"
 # What file systems without fsync for directories answer (CIFS, FUSE, WSL), and Windows, which cannot open a directory.
 NO_DIRECTORY_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR}
+# A run may rotate all of its checkpoints between listing their names and reading their times.
+LISTING_ATTEMPTS = 5
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,27 @@ def list_files(directory: Path, pattern: str) -> list[Path]:
 
     A wildcard does not match hidden names: macOS writes `._name` next to `name` on file systems that are not its own.
     """
-    return latest_first(directory / name for name in glob.glob(pattern, root_dir=directory))
+    found: list[Path] = []
+    for _ in range(LISTING_ATTEMPTS):
+        names = glob.glob(pattern, root_dir=directory)
+        found = latest_first(directory / name for name in names)
+        if found or not names:
+            break
+    return found
+
+
+def check_listable(directory: Path) -> None:
+    """Check that a directory that the user has named can be listed; one that does not exist counts as empty.
+
+    Raises:
+        InputError: If it cannot be listed, for example without permission.
+    """
+    try:
+        os.listdir(directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{directory}: cannot read the directory: {error.strerror}") from None
 
 
 def latest_first(paths: Iterable[Path]) -> list[Path]:
@@ -114,7 +136,7 @@ def latest_first(paths: Iterable[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a null character in a name
             status = path.stat()
             if stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK):
                 found.append((status.st_mtime_ns, path.name, path))
@@ -124,11 +146,6 @@ def latest_first(paths: Iterable[Path]) -> list[Path]:
 def latest_file(paths: Iterable[Path]) -> Path | None:
     """Return the most recently written of the readable files among `paths`, or None if there are none."""
     return next(iter(latest_first(paths)), None)
-
-
-def modification_key(path: Path) -> tuple[int, str]:
-    """Return a sort key for files by time of modification, then by name."""
-    return path.stat().st_mtime_ns, path.name
 
 
 def create_unique_dir(parent: Path, name: str) -> Path:
@@ -152,9 +169,20 @@ def translate_write_errors(directory: Path) -> Iterator[None]:
     """Translate a failed write below `output_dir` into an `InputError`.
 
     Raises:
-        InputError: If an OSError was raised inside the block.
+        InputError: If an OSError about `directory`, or about no file in particular (a full disk), was raised.
+        OSError: If it is about another file, for example a missing template.
     """
     try:
         yield
     except OSError as error:
-        raise InputError(f"output_dir: cannot write to {directory}: {error.strerror}") from None
+        if error.errno is None or not _concerns(error, directory):
+            raise
+        raise InputError(f"output_dir: cannot write to {error.filename or directory}: {error.strerror}") from None
+
+
+def _concerns(error: OSError, directory: Path) -> bool:
+    """Return whether an error is about a file below `directory`, a parent of it, or about no file in particular."""
+    if error.filename is None:
+        return True
+    path, parent = (Path(os.path.abspath(name)) for name in (os.fsdecode(error.filename), directory))
+    return path.is_relative_to(parent) or parent.is_relative_to(path)

@@ -15,7 +15,7 @@ from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.checkpointing.savers import FaultTolerantSaver, create_model_checkpoint
 from cifar_ignite.config_io import flatten_dict
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import list_files
+from cifar_ignite.files import check_listable, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,12 @@ def best_model_path(output_dir: Path, experiment: str, *, selected: bool) -> Pat
 
 
 def list_best_models(output_dir: Path) -> list[Path]:
-    """Return the best models of all experiments, the latest first."""
+    """Return the best models of all experiments, the latest first.
+
+    Raises:
+        InputError: If their directory cannot be listed.
+    """
+    check_listable(output_dir / "best_models")
     return list_files(output_dir / "best_models", "*_best.pth")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import latest_file, modification_key
+from cifar_ignite.files import check_listable, latest_file, latest_first, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -16,11 +16,12 @@ def latest_run(runs: Path, experiment: str) -> Path:
     """Return the run directory of an experiment with the most recently written file.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or `runs` cannot be listed.
     """
+    check_listable(runs)
     files = [
         file
-        for run_config in runs.glob("*/config.json")
+        for run_config in list_files(runs, "*/config.json")
         if _experiment_of(run_config.parent) == experiment
         for file in [run_config, *full_checkpoints(run_config.parent)]
     ]
@@ -36,8 +37,11 @@ def read_run_config(run_dir: Path | None) -> dict[str, Any]:
     Raises:
         InputError: If it has none.
     """
+    path = (run_dir or Path()) / "config.json"
     try:
-        return dict(json.loads(((run_dir or Path()) / "config.json").read_text()))
+        return dict(json.loads(path.read_text()))
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except (OSError, ValueError, TypeError):
         raise InputError(f"{run_dir}: not a run directory: it has no full checkpoint and no config.json") from None
 
@@ -51,8 +55,18 @@ def _experiment_of(run_dir: Path) -> Any:
 
 def full_checkpoints(run_dir: Path) -> list[Path]:
     """Return the full checkpoints of a run, the latest first."""
-    files = [*(run_dir / "checkpoints").glob("latest_*.pt"), *(run_dir / "checkpoints").glob("epoch_*.pt")]
-    return sorted(files, key=modification_key, reverse=True)
+    directory = run_dir / "checkpoints"
+    return latest_first([*list_checkpoints(directory, "latest"), *list_checkpoints(directory, "epoch")])
+
+
+def list_checkpoints(directory: Path, kind: str) -> list[Path]:
+    """Return the full checkpoints of one kind in a directory, the latest first.
+
+    Args:
+        directory: Directory of checkpoints.
+        kind: "latest" or "epoch"; the rest of the name is a number, which "latest_000000008 copy.pt" has not.
+    """
+    return [path for path in list_files(directory, f"{kind}_*.pt") if path.stem.removeprefix(f"{kind}_").isdigit()]
 
 
 def load_latest_valid(paths: list[Path]) -> tuple[Path | None, dict[str, Any]]:

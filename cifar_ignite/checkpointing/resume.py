@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from cifar_ignite.checkpointing.full_checkpoints import (
     full_checkpoints,
     latest_run,
+    list_checkpoints,
     load_full_checkpoint,
     load_latest_valid,
     read_run_config,
@@ -23,6 +25,7 @@ from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, Config
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.distributed.collectives import SyncedMetrics, broadcast_from_rank0
 from cifar_ignite.errors import InputError, first_line
+from cifar_ignite.files import check_listable
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -169,8 +172,9 @@ def resolve_resume(config: Config, resume: str, overrides: Sequence[str], allow_
 
     Args:
         config: Requested configuration; names the output directory and the experiment.
-        resume: "latest" for the latest run of the experiment and its latest valid checkpoint; a run directory, for its
-            latest checkpoint; or a full checkpoint. Only "latest" falls back from a damaged checkpoint to an older one.
+        resume: "latest" for the latest run of the experiment and its latest valid checkpoint; a run directory, or a
+            directory of checkpoints, for its latest checkpoint; or a full checkpoint. Only "latest" falls back from a
+            damaged checkpoint to an older one.
         overrides: Strings `section.key=value` in which the continued run is to differ from the saved one.
         allow_changes: Whether to continue with `config` itself. Otherwise only more epochs, and keys that do not change
             what is trained, may differ.
@@ -188,7 +192,8 @@ def resolve_resume(config: Config, resume: str, overrides: Sequence[str], allow_
     # The directory may have been moved since.
     is_inside = run_dir is not None and run_dir.parent.name == "training_runs"
     output_dir = run_dir.parent.parent if run_dir is not None and is_inside else config.output_dir
-    resumed_config = (config if allow_changes else run_config).model_copy(update={"output_dir": output_dir})
+    resumed_tree = (config if allow_changes else run_config).model_dump(mode="json") | {"output_dir": str(output_dir)}
+    resumed_config = parse_config(resumed_tree, source)
     changed = diff_configs(saved_tree, resumed_config)
     if not allow_changes:
         _check_changes(changed, source)
@@ -222,10 +227,19 @@ def _find_checkpoint(config: Config, resume: str) -> tuple[Path | None, Path | N
     if resume == "latest":
         run_dir = latest_run(config.output_dir / "training_runs", config.experiment)
         return run_dir, *load_latest_valid(full_checkpoints(run_dir))
-    path = Path(resume).absolute()
-    if path.is_dir():
-        latest = next(iter(full_checkpoints(path)), None)
-        return path, latest, load_full_checkpoint(latest) if latest else {}
-    saved = load_full_checkpoint(path)
-    is_inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.json").exists()
-    return (path.parent.parent if is_inside else None), path, saved
+    path = Path(os.path.abspath(resume))
+    if not os.path.isdir(path):
+        return _run_dir_of(path.parent), path, load_full_checkpoint(path)
+    run_dir = _run_dir_of(path) or path
+    check_listable(run_dir / "checkpoints")
+    if found := full_checkpoints(run_dir):
+        return run_dir, found[0], load_full_checkpoint(found[0])
+    if copied := list_checkpoints(path, "latest") or list_checkpoints(path, "epoch"):
+        return None, copied[0], load_full_checkpoint(copied[0])
+    return run_dir, None, {}
+
+
+def _run_dir_of(directory: Path) -> Path | None:
+    """Return the run directory that a directory of checkpoints belongs to; None if it is outside of any."""
+    is_inside = directory.name == "checkpoints" and os.path.isfile(directory.parent / "config.json")
+    return directory.parent if is_inside else None

@@ -11,11 +11,11 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver, ModelCheckpoint
 
+from cifar_ignite.checkpointing.full_checkpoints import list_checkpoints
 from cifar_ignite.checkpointing.io import save_checkpoint
 from cifar_ignite.config import TrainConfig
 from cifar_ignite.distributed.collectives import all_reduce_max, check_interval
 from cifar_ignite.errors import TrainingError
-from cifar_ignite.files import modification_key
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,6 @@ class CheckpointSaver:
 
     def _delete_older(self) -> None:
         """Delete all but the latest two checkpoints on the disk, those of an interrupted run included."""
-        files = set(self.saver.directory.glob("latest_*.pt")) - {Path(str(self._latest.last_checkpoint))}
-        for path in sorted(files, key=modification_key)[:-1]:
+        last = Path(str(self._latest.last_checkpoint))
+        for path in [path for path in list_checkpoints(self.saver.directory, "latest") if path != last][1:]:
             path.unlink(missing_ok=True)

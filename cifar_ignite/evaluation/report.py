@@ -77,7 +77,7 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         record=record,
         summary=evaluation.summary,
         headline_metrics=headline_metrics(evaluation.summary),
-        curves=training_curves(record.history),
+        curves=training_curves(record.history, directory),
         per_class=format_per_class_table(evaluation.result.per_class),
         figures=write_figures(evaluation, directory),
         tta=evaluation.tta,
@@ -85,7 +85,8 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         torch_version=torch.__version__,
         device=trained.device,
     )
-    (directory / "report.html").write_text(page, encoding="utf-8")
+    # The name of a test file may contain bytes that are not UTF-8.
+    (directory / "report.html").write_text(page, encoding="utf-8", errors="replace")
 
 
 def _load_template() -> jinja2.Template:
@@ -130,11 +131,16 @@ def headline_metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*metrics, (f"{summary['mean_confidence']:.2%}", "mean confidence")]
 
 
-def training_curves(history: Sequence[EpochMetrics]) -> list[dict[str, str]]:
-    """Return the training curves as images with alternative text; none before the first epoch."""
+def training_curves(history: Sequence[EpochMetrics], directory: Path) -> list[dict[str, str]]:
+    """Return the training curves as images with alternative text; none before the first epoch.
+
+    Args:
+        history: One row per epoch.
+        directory: Existing directory for temporary files.
+    """
     if not history:
         return []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
         plot_training_curves(history, Path(scratch))
         sources = {name: data_uri((Path(scratch) / f"{name}.png").read_bytes()) for name in ("accuracy", "loss")}
     return [

@@ -1,6 +1,7 @@
 """Loading a trained model from a checkpoint."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from cifar_ignite.config import Config
 from cifar_ignite.config_io import parse_config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import is_directory, latest_first, path_exists
+from cifar_ignite.files import latest_first
 from cifar_ignite.models import create_model
 from cifar_ignite.training.device import select_device
 
@@ -141,18 +142,17 @@ def _best_models(output_dir: Path, model_name: str | None) -> list[Path]:
     Raises:
         InputError: If there are none.
     """
-    directory = output_dir / "best_models"
-    found = available = list_best_models(output_dir) if is_directory(directory) else []
+    found = available = list_best_models(output_dir)
     if model_name:
         named = [best_model_path(output_dir, model_name, selected=selected) for selected in (True, False)]
         # One that is named but not readable is loaded too, which reports why.
-        found = latest_first(named) or [path for path in named if path_exists(path) or path.is_symlink()]
+        found = latest_first(named) or [path for path in named if os.path.lexists(path)]
     if found:
         return found
     names = ", ".join(sorted(path.name.removesuffix("_best.pth") for path in available))
     hint = f"available: {names}" if names else "train one first: make train MODEL=se"
     wanted = f" of experiment {model_name!r}" if model_name else ""
-    raise InputError(f"{directory}: no best model{wanted}; {hint}")
+    raise InputError(f"{output_dir / 'best_models'}: no best model{wanted}; {hint}")
 
 
 def _fits(record: RunRecord, class_names: Sequence[str] | None, dataset: str | None) -> bool:

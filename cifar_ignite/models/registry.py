@@ -73,6 +73,6 @@ def format_model_table(num_classes: int = 10) -> str:
             with FlopCounterMode(display=False) as counter:
                 model(torch.empty(1, 3, 32, 32))
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        description = (MODELS[name].__doc__ or "").strip().splitlines()[0]
+        description = (MODELS[name].__doc__ or "").strip().partition("\n")[0]  # no docstrings under python -OO
         rows.append((name, f"{parameters:,}", f"{counter.get_total_flops() / 2e6:.1f}M", description))
     return pd.DataFrame(rows, columns=["model", "parameters", "multiply-adds", "description"]).to_string(index=False)

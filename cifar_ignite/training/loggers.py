@@ -19,14 +19,12 @@ import pandas as pd
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import Metric
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
 from torch.optim import Optimizer
 
 from cifar_ignite.checkpointing.run_record import EpochMetrics, RunRecord
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import flatten_dict
+from cifar_ignite.errors import first_line
 from cifar_ignite.files import atomic_write
 
 PROGRESS_LINE_SECONDS = 60
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class WarnOnce:
-    """Calls functions that may fail; the first OSError of each kind is logged, and training continues."""
+    """Calls functions that may fail; the first exception of each kind of output is logged, and training continues."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -43,10 +41,10 @@ class WarnOnce:
     def __call__(self, what: str, call: Callable[[], Any]) -> None:
         try:
             call()
-        except OSError as error:
+        except Exception as error:  # a plotting library, or a broken installation of one, raises anything
             if what not in self._warned:
                 self._warned.add(what)
-                logger.warning("cannot write %s (%s); training continues without it", what, error)
+                logger.warning("cannot write %s (%s); training continues without it", what, first_line(error))
 
 
 # --- Within an epoch ----------------------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ class TensorBoardLogger:
 
     tensorboardX's SummaryWriter passes events to a thread; if that dies on a full disk, training hangs once its queue
     is full. Its EventsWriter, which is not documented, writes synchronously and raises here (checked with tensorboardX
-    2.6).
+    2.6). It is imported here, because with another version of protobuf the import fails.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -196,6 +194,10 @@ class TensorBoardLogger:
 
     def write(self, history: list[EpochMetrics]) -> None:
         """Append the epochs that are not written yet; the first call replaces the directory."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         if self._writer is None:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(parents=True)
@@ -217,11 +219,12 @@ class TensorBoardLogger:
 def log_file(path: Path) -> Iterator[None]:
     """Write the package's log messages to a file too, with the time; if that fails, only to the terminal."""
     package = logging.getLogger("cifar_ignite")
+    handler: logging.Handler = logging.NullHandler()
     try:
-        handler = logging.FileHandler(path, encoding="utf-8") if idist.get_rank() == 0 else logging.NullHandler()
+        if idist.get_rank() == 0:
+            handler = logging.FileHandler(path, encoding="utf-8", errors="replace")
     except OSError as error:
         logger.warning("cannot write %s (%s); training continues without it", path, error)
-        handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     # A full disk is reported once for the files that matter; logging would print a traceback for each line.
     handler.handleError = lambda record: None  # type: ignore[method-assign]

@@ -102,9 +102,11 @@ def test_confusion_cells_have_readable_text():
             assert (light + 0.05) / (dark + 0.05) >= 4.5, cell
 
 
-def test_training_curves_have_alternative_text():
-    accuracy, loss = training_curves([epoch_metrics(1, None), epoch_metrics(2, None)])
+def test_training_curves_have_alternative_text(tmp_path):
+    accuracy, loss = training_curves([epoch_metrics(1, None), epoch_metrics(2, None)], tmp_path)
     assert accuracy["alt"] == "accuracy by epoch: 2 epochs, train from 0.500 to 0.500"
     assert loss["alt"] == "loss by epoch: 2 epochs, train from 1.000 to 1.000"
-    assert "validation from 0.300 to 0.400" in training_curves([epoch_metrics(1, 0.3), epoch_metrics(2, 0.4)])[0]["alt"]
-    assert training_curves([]) == []
+    validated = training_curves([epoch_metrics(1, 0.3), epoch_metrics(2, 0.4)], tmp_path)[0]
+    assert "validation from 0.300 to 0.400" in validated["alt"]
+    assert training_curves([], tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
