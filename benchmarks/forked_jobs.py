@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,9 @@ from cifar_ignite.cli import main as run_command
 CRASHED = 70
 
 
-def start_job(arguments: Sequence[str], log: Path, world_size: int, threads: int = 1) -> list[int]:
+def start_job(
+    arguments: Sequence[str], log: Path, world_size: int, threads: int = 1, extra: Mapping[str, Any] | None = None
+) -> list[int]:
     """Run one command in `world_size` processes that find each other as under torchrun.
 
     Args:
@@ -25,24 +28,29 @@ def start_job(arguments: Sequence[str], log: Path, world_size: int, threads: int
         log: File that stdout and stderr are appended to.
         world_size: Number of processes.
         threads: Threads of torch per process.
+        extra: Arguments of the command's function that have no option.
 
     Returns:
         Process ids, by rank.
     """
     if world_size == 1:
-        return [start_process(arguments, log, threads)]
+        return [start_process(arguments, log, threads, extra=extra)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        start_process(arguments, log, threads, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start_process(arguments, log, threads, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, extra)
         for rank in range(world_size)
     ]
 
 
 def start_process(
-    arguments: Sequence[str], log: Path, threads: int = 1, environ: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    log: Path,
+    threads: int = 1,
+    environ: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> int:
     """Run one command in a forked process and return its process id.
 
@@ -53,6 +61,7 @@ def start_process(
         log: File that stdout and stderr are appended to.
         threads: Threads of torch.
         environ: Environment variables to add.
+        extra: Arguments of the command's function that have no option.
     """
     sys.stdout.flush()
     if pid := os.fork():
@@ -63,7 +72,7 @@ def start_process(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(threads)
         os.environ.update(environ or {})
-        status = run_command(arguments)
+        status = run_command(arguments, **(extra or {}))
         sys.stdout.flush()
         sys.stderr.flush()
     except KeyboardInterrupt:

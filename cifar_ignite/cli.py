@@ -19,8 +19,8 @@ from cifar_ignite.distributed.env import dist_env_from_environ, is_local_primary
 from cifar_ignite.errors import InputError, TrainingError, first_line, translate_oom_errors
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status."""
+def main(arguments: Sequence[str] | None = None, **extra: Any) -> int:
+    """Run one command and return the exit status; `extra` are arguments of its function that have no option."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     console = logging.StreamHandler(sys.stdout)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = create_parser().parse_args(arguments)
         package.addHandler(console)
-        return _run(console, **vars(options))
+        return _run(console, **vars(options), **extra)
     finally:
         package.removeHandler(console)
         _flush("stdout")

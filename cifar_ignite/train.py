@@ -4,11 +4,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
-import torch
 from torch import nn
 
 from cifar_ignite.checkpointing.full_checkpoints import full_checkpoints
@@ -47,7 +46,11 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: Config, resume: str | None = None, overrides: Sequence[str] = (), allow_changes: bool = False
+    config: Config,
+    resume: str | None = None,
+    overrides: Sequence[str] = (),
+    allow_changes: bool = False,
+    attach: Callable[[TrainingState], None] | None = None,
 ) -> Path:
     """Train a model, or resume a run; under torchrun or SLURM, together with the other processes of the job.
 
@@ -57,6 +60,8 @@ def train(
             resumed run keeps its own configuration.
         overrides: Strings `section.key=value` in which the resumed run is to differ from its own configuration.
         allow_changes: Whether to resume with `config` itself, even if that changes what is trained.
+        attach: Function that attaches handlers of your own, for example to `state.trainer`; called on all ranks once
+            everything else is attached and restored.
 
     Returns:
         Run directory.
@@ -84,17 +89,17 @@ def train(
         if resume_state and resume_state.is_complete:
             logger.info("already complete after epoch %d: nothing to do for %s", resume_state.epoch, resume_state.path)
             return resume_state.run_dir or config.output_dir
-        return _train(config, resume_state, allow_changes, device, context)
+        return _train(config, resume_state, context, attach)
 
 
 def _train(
     config: Config,
     resume: ResumeState | None,
-    allow_changes: bool,
-    device: torch.device,
     context: DistributedContext,
+    attach: Callable[[TrainingState], None] | None,
 ) -> Path:
     """Train on all ranks; parameters and errors are those of `train`."""
+    device = select_device(config.device)
     # An invalid model is refused before the dataset is downloaded, although only the dataset has the number of classes.
     create_initial_model(config, num_classes=1, device=device)
     with idist.one_rank_first(local=True):  # the others find what the first one downloaded
@@ -103,7 +108,7 @@ def _train(
     model = create_initial_model(config, dataset.num_classes, device)
     loaders = create_loaders(config, train_set, val_set, device)
     if resume:
-        resume.check_compatible(model, len(loaders[0]), allow_changes)
+        resume.check_compatible(model, len(loaders[0]))
     # A signal before this line exits the process at once: there is nothing to save.
     with catch_signals(context) as flag:
         run_dir = open_run_dir(config, resume.run_dir if resume else None, context.env)
@@ -114,6 +119,8 @@ def _train(
             checkpoints = attach_handlers(state, run_dir / "logs", flag, context.cpu_group)
             if resume:
                 state.restore(resume)
+            if attach:
+                attach(state)
             started = time.monotonic()
             run_training(state, checkpoints, resume, flag, context.cpu_group)
             promoted = state.best.promote()

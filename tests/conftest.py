@@ -56,10 +56,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """A function that runs the command line in a scratch directory and returns (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object, **extra: Any) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
-            status = main([str(argument) for argument in arguments])
+            status = main([str(argument) for argument in arguments], **extra)
         except SystemExit as exit_:
             status = int(exit_.code or 0)
         return status, *capsys.readouterr()

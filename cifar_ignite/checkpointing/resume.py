@@ -43,6 +43,7 @@ class ResumeState:
         config: Configuration of the continued run.
         changed: Keys of `config` that differ from the saved run, with the saved and the new value.
         kept: Keys in which the requested configuration differs but the saved value is kept.
+        allow_changes: Whether another number of iterations per epoch is accepted.
     """
 
     run_dir: Path | None
@@ -51,6 +52,7 @@ class ResumeState:
     config: Config
     changed: Changes
     kept: list[str]
+    allow_changes: bool = False
 
     @property
     def epoch(self) -> int:
@@ -64,21 +66,20 @@ class ResumeState:
         stopped_early = self.config.train.patience is not None and counter >= self.config.train.patience
         return self.epoch >= self.config.train.epochs or (stopped_early and "train.epochs" not in self.changed)
 
-    def check_compatible(self, model: nn.Module, epoch_length: int, allow_changes: bool) -> None:
+    def check_compatible(self, model: nn.Module, epoch_length: int) -> None:
         """Check that the checkpoint fits the model and the data, and that all ranks found the same one.
 
         Args:
             model: Model of the continued run.
-            epoch_length: Iterations per epoch of the continued run.
-            allow_changes: Whether another `epoch_length` is accepted; training then continues from the last complete
-                epoch.
+            epoch_length: Iterations per epoch of the continued run. If another one is accepted, training continues from
+                the last complete epoch.
 
         Raises:
             InputError: If the checkpoint does not fit, or the ranks see different files.
         """
         if self.saved:
             self._check_shapes(model)
-            self._check_epoch_length(epoch_length, allow_changes)
+            self._check_epoch_length(epoch_length)
         if str(self.path) != (primary_path := broadcast_from_rank0(lambda: str(self.path))):
             raise InputError(f"{self.path}: rank 0 resumes {primary_path}; all machines must see the same output_dir")
 
@@ -92,11 +93,11 @@ class ResumeState:
                     f"{found.get(name, 'missing')}, the model's is {expected.get(name, 'missing')}"
                 )
 
-    def _check_epoch_length(self, epoch_length: int, allow_changes: bool) -> None:
+    def _check_epoch_length(self, epoch_length: int) -> None:
         saved_length = self.saved["trainer"]["epoch_length"]
         if saved_length == epoch_length:
             return
-        if not allow_changes:
+        if not self.allow_changes:
             raise InputError(
                 f"{self.path}: an epoch had {saved_length} iterations and now has {epoch_length}: "
                 "the dataset differs from the one that the run was trained on"
@@ -198,7 +199,7 @@ def resolve_resume(config: Config, resume: str, overrides: Sequence[str], allow_
     if not allow_changes:
         _check_changes(changed, source)
     kept = sorted(diff_configs(saved_tree, config).keys() - changed.keys())
-    return ResumeState(run_dir, path, saved, resumed_config, changed, kept)
+    return ResumeState(run_dir, path, saved, resumed_config, changed, kept, allow_changes)
 
 
 def _check_changes(changed: Changes, source: str) -> None:

@@ -13,19 +13,18 @@ from tests.helpers.runs import STATEFUL, call_at_iteration, send_signal, set_opt
 @pytest.fixture
 def train(command: Callable[..., Any], tiny_file: Path) -> Callable[..., tuple[int, str, str]]:
     """A function that trains with further command-line words and returns (exit status, stdout, stderr)."""
-    return lambda *words: command("train", "--config", tiny_file, *words)
+    return lambda *words, **extra: command("train", "--config", tiny_file, *words, **extra)
 
 
 @pytest.fixture
-def interrupt(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+def interrupt(train: Callable[..., Any]) -> Callable[..., tuple[int, str, str]]:
     """A function that trains with `STATEFUL` until a real signal stops the run in an iteration."""
 
     def run(
         iteration: int, *words: object, signum: signal.Signals = signal.SIGTERM, in_validation: bool = False
     ) -> tuple[int, str, str]:
-        with monkeypatch.context() as patched:
-            call_at_iteration(patched, iteration, lambda: send_signal(signum), in_validation=in_validation)
-            return train(*STATEFUL, *words)
+        attach = call_at_iteration(iteration, lambda: send_signal(signum), in_validation=in_validation)
+        return train(*STATEFUL, *words, attach=attach)
 
     return run
 

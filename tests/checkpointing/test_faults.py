@@ -16,7 +16,6 @@ import torch
 from ignite.engine import Events
 
 from cifar_ignite import plots
-from cifar_ignite import train as train_module
 from cifar_ignite.checkpointing import io
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.training import handlers, loggers
@@ -27,17 +26,15 @@ from tests.helpers.runs import STATEFUL, call_at_iteration, latest_checkpoint, r
 RESUME = ("--resume", "latest")
 
 
-def set_val_accs(monkeypatch, val_accs):
-    """Replace the validation accuracies in the history of runs."""
-    original = handlers.attach_history
+def set_val_accs(val_accs):
+    """Return an `attach` of `train` that replaces the validation accuracies of a run."""
 
-    def attach(trainer, evaluator, optimizer, record, timer):
-        original(trainer, evaluator, optimizer, record, timer)
-        trainer.add_event_handler(
-            Events.EPOCH_COMPLETED, lambda: record.history[-1].update(val_acc=val_accs[record.epoch - 1])
+    def attach(state):
+        state.evaluator.add_event_handler(
+            Events.COMPLETED, lambda engine: engine.state.metrics.update(accuracy=val_accs[state.record.epoch])
         )
 
-    monkeypatch.setattr(handlers, "attach_history", attach)
+    return attach
 
 
 # --- Logs ---------------------------------------------------------------------------------------------------------
@@ -75,17 +72,14 @@ def test_failing_import_of_matplotlib_warns_once(train, monkeypatch):
     assert out.count("cannot write figures") == 1
 
 
-def test_log_directories_replaced_by_files_warn_once(train, monkeypatch):
+def test_log_directories_replaced_by_files_warn_once(train, tmp_path):
     """A real failure of the file system."""
-    original = train_module.log_start
 
-    def occupy(config, model, splits, run_dir, resume):
-        (run_dir / "logs" / "figures").touch()
-        (run_dir / "logs" / "tensorboard").touch()
-        original(config, model, splits, run_dir, resume)
+    def occupy(state):
+        for name in ("figures", "tensorboard"):
+            (only_run(tmp_path) / "logs" / name).touch()
 
-    monkeypatch.setattr(train_module, "log_start", occupy)
-    status, out, err = train()
+    status, out, err = train(attach=occupy)
     assert (status, err) == (0, "")
     assert out.count("cannot write figures") == 1
     assert out.count("cannot write TensorBoard events") == 1
@@ -119,9 +113,9 @@ def test_failing_checkpoints_end_run_with_previous_ones_valid(train, tmp_path, m
         load_checkpoint(path)
 
 
-def test_deleted_run_directory_ends_run_with_one_line(train, tmp_path, monkeypatch):
-    call_at_iteration(monkeypatch, 6, lambda: shutil.rmtree(only_run(tmp_path)))
-    status, out, err = train(*STATEFUL, *set_options({"train.max_save_failures": 1}))
+def test_deleted_run_directory_ends_run_with_one_line(train, tmp_path):
+    attach = call_at_iteration(6, lambda: shutil.rmtree(only_run(tmp_path)))
+    status, out, err = train(*STATEFUL, *set_options({"train.max_save_failures": 1}), attach=attach)
     assert status == 1
     assert "cannot write a checkpoint to" in err
     assert err.count("\n") == 1
@@ -148,28 +142,20 @@ def test_failed_save_of_last_best_model_is_repeated_by_resume(train, tmp_path, m
     assert promoted.epoch == 2
 
 
-def test_deleted_best_model_is_reported_at_the_end(train, tmp_path, monkeypatch):
-    original = handlers.attach_stop_check
-
-    def attach(trainer, *rest):
-        best = (only_run(tmp_path) / "checkpoints").glob("best_*.pth")
-        trainer.add_event_handler(Events.COMPLETED, lambda: [path.unlink() for path in best])
-        original(trainer, *rest)
-
-    monkeypatch.setattr(handlers, "attach_stop_check", attach)
-    status, out, err = train()
+def test_deleted_best_model_is_reported_at_the_end(train):
+    status, out, err = train(
+        attach=lambda state: state.trainer.add_event_handler(Events.COMPLETED, lambda: state.best.path.unlink())
+    )
     assert (status, err) == (0, "")
     assert "best model  not updated: " in out
 
 
-def test_end_of_run_reports_whose_model_is_the_best(train, tmp_path, monkeypatch):
+def test_end_of_run_reports_whose_model_is_the_best(train, tmp_path):
     """Also if the last epoch is not the best one."""
-    with monkeypatch.context() as patched:
-        set_val_accs(patched, [0.3, 0.5, 0.4, 0.2])
-        assert "tiny_best.pth updated by this run" in train(*STATEFUL)[1]
+    assert "tiny_best.pth updated by this run" in train(*STATEFUL, attach=set_val_accs([0.3, 0.5, 0.4, 0.2]))[1]
     first = only_run(tmp_path).name
-    set_val_accs(monkeypatch, [0.3, 0.4, 0.45, 0.2])
-    assert f"tiny_best.pth unchanged: run {first} reached 50.00%" in train(*STATEFUL)[1]
+    out = train(*STATEFUL, attach=set_val_accs([0.3, 0.4, 0.45, 0.2]))[1]
+    assert f"tiny_best.pth unchanged: run {first} reached 50.00%" in out
     best = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")["record"]
     assert (best.run, best.epoch, best.val_acc) == (first, 2, 0.5)
 
@@ -185,12 +171,11 @@ def test_end_of_run_reports_whose_model_is_the_best(train, tmp_path, monkeypatch
         RuntimeError("CUDA error: out of memory"),
     ],
 )
-def test_exhausted_memory_ends_run_with_one_line(train, monkeypatch, error):
+def test_exhausted_memory_ends_run_with_one_line(train, error):
     def fail():
         raise error
 
-    call_at_iteration(monkeypatch, 6, fail)
-    status, _, err = train()
+    status, _, err = train(attach=call_at_iteration(6, fail))
     assert status == 1
     assert err.count("\n") == 1
     assert "out of memory" in err

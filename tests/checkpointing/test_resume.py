@@ -164,9 +164,7 @@ def test_full_width_model_resumes_bit_identically_mid_epoch(command, tmp_path, m
     }
     words = ["train", "--config", REPOSITORY / "configs" / "se.json", *set_options(options)]
     assert command(*words, *set_options({"output_dir": tmp_path / "uninterrupted"}))[0] == 0
-    with monkeypatch.context() as patched:
-        call_at_iteration(patched, 9, send_signal)
-        assert command(*words)[0] == 143
+    assert command(*words, attach=call_at_iteration(9, send_signal))[0] == 143
     assert command(*words, *RESUME)[0] == 0
     (uninterrupted,) = (tmp_path / "uninterrupted" / "training_runs").iterdir()
     assert_same_training(uninterrupted, only_run(tmp_path))
@@ -329,7 +327,7 @@ def test_ranks_that_find_different_checkpoints_are_refused(tiny_config, monkeypa
     monkeypatch.setattr(resume, "broadcast_from_rank0", lambda create: "other.pt")
     state = ResumeState(None, Path("latest.pt"), {}, tiny_config(), {}, [])
     with pytest.raises(InputError, match="output_dir"):
-        state.check_compatible(torch.nn.Identity(), 1, allow_changes=False)
+        state.check_compatible(torch.nn.Identity(), 1)
 
 
 def test_latest_falls_back_to_older_checkpoint_with_warning(train, interrupt, uninterrupted, tmp_path):

@@ -21,9 +21,9 @@ def job(tmp_path: Path) -> Callable[..., tuple[list[int | None], str]]:
     """A function that runs a command on several ranks and returns their exit statuses and their output."""
     log = tmp_path / "job.log"
 
-    def run(words: Sequence[object], world_size: int = 2) -> tuple[list[int | None], str]:
+    def run(words: Sequence[object], world_size: int = 2, **extra: Any) -> tuple[list[int | None], str]:
         log.write_text("")
-        pids = forked_jobs.start_job([str(word) for word in words], log, world_size)
+        pids = forked_jobs.start_job([str(word) for word in words], log, world_size, extra=extra)
         statuses = [forked_jobs.wait(pid, TIMEOUT) for pid in pids]
         for pid, status in zip(pids, statuses, strict=True):
             if status is None:

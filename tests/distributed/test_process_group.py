@@ -195,11 +195,10 @@ def test_evaluation_by_two_ranks_equals_that_by_one(command, job, tiny_file, tmp
 @pytest.mark.parametrize("iteration", [6, 8])  # 8 is the last iteration of its epoch
 @pytest.mark.parametrize("receiver", [0, 1])
 def test_signal_to_one_rank_stops_all_and_any_world_size_resumes(
-    job, train, tmp_path, monkeypatch, uninterrupted, receiver, iteration
+    job, train, tmp_path, uninterrupted, receiver, iteration
 ):
-    with monkeypatch.context() as patched:
-        call_at_iteration(patched, iteration, lambda: send_signal() if current_rank() == receiver else None)
-        statuses, log = job(train())
+    attach = call_at_iteration(iteration, lambda: send_signal() if current_rank() == receiver else None)
+    statuses, log = job(train(), attach=attach)
     assert statuses == [143, 143], log
     assert log.count("cifar_ignite: ") == 1
     assert f"cifar_ignite: stopped by SIGTERM after epoch {(iteration - 1) // 4}, iteration {iteration}; " in log
@@ -226,14 +225,12 @@ def test_signal_to_one_rank_stops_all_and_any_world_size_resumes(
         assert table["train_loss"][0] == expected["train_loss"][0] or iteration == 8
 
 
-def test_run_of_three_ranks_resumes_bit_identically(job, train, tmp_path, monkeypatch):
+def test_run_of_three_ranks_resumes_bit_identically(job, train, tmp_path):
     """A sum over three ranks depends on the layout of DDP's buckets, which changes after the first backward pass."""
     words = train(**{"model.width": 8})
     statuses, log = job([*words, *set_options({"output_dir": tmp_path / "uninterrupted"})], 3)
     assert statuses == [0] * 3, log
-    with monkeypatch.context() as patched:
-        call_at_iteration(patched, 6, send_signal)
-        statuses, log = job(words, 3)
+    statuses, log = job(words, 3, attach=call_at_iteration(6, send_signal))
     assert statuses == [143] * 3, log
     statuses, log = job([*words, *RESUME], 3)
     assert statuses == [0] * 3, log
@@ -242,11 +239,10 @@ def test_run_of_three_ranks_resumes_bit_identically(job, train, tmp_path, monkey
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_rank_ends_all_and_resume_is_bit_identical(job, train, tmp_path, monkeypatch, uninterrupted, killed):
-    with monkeypatch.context() as patched:
-        call_at_iteration(patched, 7, lambda: send_signal(signal.SIGKILL) if current_rank() == killed else None)
-        started = time.monotonic()
-        statuses, log = job(train(**{"train.save_every_seconds": 0}))
+def test_killed_rank_ends_all_and_resume_is_bit_identical(job, train, tmp_path, uninterrupted, killed):
+    attach = call_at_iteration(7, lambda: send_signal(signal.SIGKILL) if current_rank() == killed else None)
+    started = time.monotonic()
+    statuses, log = job(train(**{"train.save_every_seconds": 0}), attach=attach)
     assert time.monotonic() - started < TIMEOUT / 2
     assert sorted(statuses) == [-9, 1]
     # The store that decides which rank reports is on rank 0.

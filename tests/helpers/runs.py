@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 
-from cifar_ignite.training import handlers
+from cifar_ignite.training.state import TrainingState
 
 
 def set_options(values: Mapping[str, object]) -> list[str]:
@@ -27,18 +26,17 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def call_at_iteration(
-    monkeypatch: pytest.MonkeyPatch, iteration: int, call: Callable[[], Any], *, in_validation: bool = False
-) -> None:
-    """Have runs call a function at the start of an iteration of training, or in the validation after it."""
-    original = handlers.attach_stop_check
+    iteration: int, call: Callable[[], Any], *, in_validation: bool = False
+) -> Callable[[TrainingState], None]:
+    """Return an `attach` of `train` that calls a function in an iteration, or in the validation after it."""
 
-    def attach(trainer: Engine, evaluator: Engine, *rest: Any) -> None:
-        engine, once = (evaluator, 1) if in_validation else (trainer, iteration)
+    def attach(state: TrainingState) -> None:
+        engine, once = (state.evaluator, 1) if in_validation else (state.trainer, iteration)
         event = Events.ITERATION_STARTED(once=once)
-        engine.add_event_handler(event, lambda: call() if trainer.state.iteration == iteration else None)
-        original(trainer, evaluator, *rest)
+        assert engine is not None
+        engine.add_event_handler(event, lambda: call() if state.trainer.state.iteration == iteration else None)
 
-    monkeypatch.setattr(handlers, "attach_stop_check", attach)
+    return attach
 
 
 def send_signal(signum: signal.Signals = signal.SIGTERM) -> None:
