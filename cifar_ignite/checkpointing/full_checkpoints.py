@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import check_listable, latest_file, latest_first, list_files
+from cifar_ignite.files import check_listable, latest_file, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +56,17 @@ def _experiment_of(run_dir: Path) -> Any:
 
 def full_checkpoints(run_dir: Path) -> list[Path]:
     """Return the full checkpoints of a run, the latest first."""
-    directory = run_dir / "checkpoints"
-    return latest_first([*list_checkpoints(directory, "latest"), *list_checkpoints(directory, "epoch")])
+    return list_checkpoints(run_dir / "checkpoints")
 
 
-def list_checkpoints(directory: Path, kind: str) -> list[Path]:
-    """Return the full checkpoints of one kind in a directory, the latest first.
+def list_checkpoints(directory: Path, kinds: str = "latest|epoch") -> list[Path]:
+    """Return the full checkpoints in a directory, the latest first.
 
     Args:
         directory: Directory of checkpoints.
-        kind: "latest" or "epoch"; the rest of the name is a number, which "latest_000000008 copy.pt" has not.
+        kinds: Regular expression of the kinds. A number follows in the name, unlike in "latest_000000008 copy.pt".
     """
-    return [path for path in list_files(directory, f"{kind}_*.pt") if path.stem.removeprefix(f"{kind}_").isdigit()]
+    return [path for path in list_files(directory, "*.pt") if re.fullmatch(rf"({kinds})_\d+\.pt", path.name)]
 
 
 def load_latest_valid(paths: list[Path]) -> tuple[Path | None, dict[str, Any]]:

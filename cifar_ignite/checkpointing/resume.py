@@ -235,7 +235,7 @@ def _find_checkpoint(config: Config, resume: str) -> tuple[Path | None, Path | N
     check_listable(run_dir / "checkpoints")
     if found := full_checkpoints(run_dir):
         return run_dir, found[0], load_full_checkpoint(found[0])
-    if copied := list_checkpoints(path, "latest") or list_checkpoints(path, "epoch"):
+    if copied := list_checkpoints(path):
         return None, copied[0], load_full_checkpoint(copied[0])
     return run_dir, None, {}
 
