@@ -45,42 +45,84 @@ class Muon(SGD):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters from their gradients, and delete the gradients of the convolution weights."""
         group = self.param_groups[-1]
-        by_shape = defaultdict(list)
-        for weight in group["params"]:
-            if weight.grad is not None:
-                by_shape[weight.shape].append(weight)
-        for weights in by_shape.values():
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        if weights:
             self._step_muon(weights, group["lr"], group["momentum"])
-        for weight in group["params"]:
+        for weight in weights:
             weight.grad = None  # SGD skips it
         super().step()
 
-    def _step_muon(self, parameters: list[Tensor], lr: float, momentum: float) -> None:
-        """Update parameters of one shape as one batch of matrices."""
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        weight, old_buffer = torch.stack(parameters).flatten(2), torch.stack(buffers).flatten(2)
-        grad = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None]).flatten(2)
-        buffer = old_buffer * momentum + grad
-        update = orthogonalize((grad + buffer * momentum).to(self.dtype)).to(weight.dtype)
-        scale = math.sqrt(weight.shape[1]) / weight.norm(dim=(1, 2), keepdim=True)
-        new_weight = weight * scale - lr * update
+    def _step_muon(self, weights: list[Tensor], lr: float, momentum: float) -> None:
+        """Update convolution weights as one vector: on a GPU, kernel launches take longer than the arithmetic."""
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        old_weight, old_buffer = _concatenate(weights), _concatenate(buffers)
+        grad = _concatenate([weight.grad for weight in weights if weight.grad is not None])
+        buffer = torch.add(grad, old_buffer, alpha=momentum)
+        direction = grad.add_(buffer, alpha=momentum).to(self.dtype)
+        update = _concatenate(orthogonalize_all(_split(direction, weights))).to(old_weight.dtype)
+        new_weight = _norm_scale(old_weight, weights).mul_(old_weight).sub_(update, alpha=lr)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
-            new_weight = torch.where(found_inf > 0, weight, new_weight)
-            buffer = torch.where(found_inf > 0, old_buffer, buffer)
-        _copy_all(parameters, new_weight)
-        _copy_all(buffers, buffer)
+            is_skipped = found_inf > 0
+            new_weight = torch.where(is_skipped, old_weight, new_weight)
+            buffer = torch.where(is_skipped, old_buffer, buffer)
+        # torch has no public operators over a list of tensors (checked with torch 2.11 and 2.14).
+        torch._foreach_copy_(weights, _split(new_weight, weights))
+        torch._foreach_copy_(buffers, _split(buffer, buffers))
 
 
-def _copy_all(targets: list[Tensor], matrices: Tensor) -> None:
-    """Copy matrices (N, out_channels, ...) to N tensors in one kernel launch.
+def _concatenate(weights: list[Tensor]) -> Tensor:
+    """Return the elements of weights (out_channels, in_channels, height, width) as one vector.
 
-    torch has no public operator over a list of tensors (checked with torch 2.11 and 2.14).
+    The order of each weight's elements is that of channels_last, so that no copy precedes the concatenation.
     """
-    torch._foreach_copy_(targets, list(matrices.view(len(targets), *targets[0].shape).unbind()))
+    return torch.cat([weight.permute(0, 2, 3, 1).flatten() for weight in weights])
+
+
+def _split(vector: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """Return views of a vector in the shapes of the weights: the inverse of `_concatenate`."""
+    parts = vector.split([weight.numel() for weight in weights])
+    return [
+        part.view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+
+
+def _norm_scale(vector: Tensor, weights: list[Tensor]) -> Tensor:
+    """Return sqrt(out_channels) / norm of each weight, repeated for each of its elements.
+
+    Args:
+        vector: Concatenated elements of the weights.
+        weights: Weights (out_channels, in_channels, height, width), for their sizes.
+    """
+    sizes = [weight.numel() for weight in weights]
+    # torch has no public operators over a list of tensors (checked with torch 2.11 and 2.14).
+    scales = torch._foreach_reciprocal(torch._foreach_norm(vector.split(sizes)))
+    torch._foreach_mul_(scales, [math.sqrt(len(weight)) for weight in weights])
+    return torch.cat([scale.expand(size) for scale, size in zip(scales, sizes, strict=True)])
+
+
+def orthogonalize_all(weights: list[Tensor]) -> list[Tensor]:
+    """Return `orthogonalize` of the filters of each weight; filter matrices of one shape form one batch.
+
+    Args:
+        weights: Float (out_channels, in_channels, height, width) in channels_last.
+
+    Returns:
+        Tensors of the same shapes.
+    """
+    by_shape = defaultdict(list)
+    for index, weight in enumerate(weights):
+        by_shape[len(weight), weight[0].numel()].append(index)
+    results = list(weights)
+    for indices in by_shape.values():
+        batch = torch.stack([weights[index].permute(0, 2, 3, 1).flatten(1) for index in indices])
+        for index, result in zip(indices, orthogonalize(batch), strict=True):
+            results[index] = result.reshape(weights[index].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return results
 
 
 def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
@@ -98,5 +140,5 @@ def orthogonalize(matrices: Tensor, steps: int = 3) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
