@@ -7,25 +7,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_ignite.augment.elementwise import blend_where, constant
+from cifar_ignite.augment.elementwise import constant
 from cifar_ignite.augment.sampling import random_uniform
 from cifar_ignite.config import AugmentConfig
 
 
-def color_jitter(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Adjust brightness, contrast, saturation and hue by random factors, drawn for every image.
+def random_color_factors(batch: int, config: AugmentConfig, device: torch.device) -> dict[str, Tensor]:
+    """Draw the parameters of `color_jitter`, float (B,) each, for the operations whose strength is not 0."""
+    operations = (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0))
+    strengths = [(name, middle, getattr(config, name)) for name, middle in operations if getattr(config, name)]
+    return {name: random_uniform(batch, middle - width, middle + width, device) for name, middle, width in strengths}
+
+
+def color_jitter(images: Tensor, factors: dict[str, Tensor]) -> Tensor:
+    """Adjust brightness, contrast, saturation and hue, in this order, by the factors of `random_color_factors`.
 
     torchvision's ColorJitter also shuffles the order of the four operations; here the order is fixed.
     """
-    for strength, adjust in (
-        (config.brightness, adjust_brightness),
-        (config.contrast, adjust_contrast),
-        (config.saturation, adjust_saturation),
-    ):
-        if strength:
-            images = adjust(images, random_uniform(len(images), 1 - strength, 1 + strength, images.device))
-    if config.hue:
-        images = adjust_hue(images, random_uniform(len(images), -config.hue, config.hue, images.device))
+    if "brightness" in factors:
+        images = adjust_brightness(images, factors["brightness"])
+    if "contrast" in factors:
+        images = adjust_contrast(images, factors["contrast"])
+    if "saturation" in factors:
+        images = adjust_saturation(images, factors["saturation"])
+    if "hue" in factors:
+        images = adjust_hue(images, factors["hue"])
     return images
 
 
@@ -36,7 +42,7 @@ def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend images with their mean gray by `factors`, float (B,): 0 gives the gray, 1 the unchanged image."""
-    return _blend(images, _rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True), factors)
+    return _blend(images, _rgb_to_grayscale(images.mean((2, 3), keepdim=True)), factors)
 
 
 def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
@@ -51,14 +57,16 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
     chroma times a piecewise linear function of the distance between the hue and the channel's sextants.
     """
     red, green, blue = images.unbind(1)
-    value = images.amax(1)
-    chroma = value - images.amin(1)
-    # 6 * chroma * hue in turns; the formula depends on the largest channel.
-    hue = blend_where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
-    hue = blend_where(value == red, green - blue, hue).div_(chroma.mul(6).clamp_(min=1e-12))
-    turns = (hue + shifts[:, None, None])[:, None] + constant((1 / 2, 1 / 6, -1 / 6), images.device)[:, None, None]
+    lowest = images.amin(1)
+    chroma = images.amax(1) - lowest
+    base = lowest - chroma
+    # 6 * chroma * hue in turns, between -1/2 and 1/2: with value = lowest + chroma, the distance from red is
+    # value - red + green - lowest + blue - lowest, towards green or blue, whichever is larger.
+    hue = torch.copysign((base + red).sub_(green).sub_(blue), green - blue)
+    turns = shifts[:, None, None, None] + constant((1 / 2, 1 / 6, -1 / 6), images.device)[:, None, None]
+    turns = torch.addcdiv(turns, hue[:, None], chroma.clamp(min=1e-12)[:, None], value=1 / 6)
     turns -= turns.round()
-    return torch.addcmul(value[:, None], chroma[:, None], turns.abs_().mul_(-6).add_(2).clamp_(0, 1), value=-1)
+    return torch.addcmul(base[:, None], chroma[:, None], turns.abs_().clamp_(1 / 6, 1 / 3), value=6)
 
 
 def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
@@ -66,7 +74,8 @@ def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
     The outermost pixels are not smoothed.
     """
-    kernel = constant(((1, 1, 1), (1, 5, 1), (1, 1, 1)), images.device).div(13).expand(3, 1, 3, 3)
+    edge, middle = (1 / 13, 1 / 13, 1 / 13), (1 / 13, 5 / 13, 1 / 13)
+    kernel = constant((edge, middle, edge), images.device).expand(3, 1, 3, 3)
     smoothed = images.clone()
     smoothed[..., 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
     return _blend(images, smoothed, factors)
@@ -74,11 +83,10 @@ def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
 def _rgb_to_grayscale(images: Tensor) -> Tensor:
     """Return luma (B, 1, H, W) with ITU-R 601-2 weights."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
+    weights = constant(((0.2989, 0.587, 0.114),), images.device)
+    return (weights @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
 def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
     """Return factors * images + (1 - factors) * others, clamped to [0, 1]."""
-    factors = factors[:, None, None, None]
-    return (images * factors).add_(others * (1 - factors)).clamp_(0, 1)
+    return torch.lerp(others, images, factors[:, None, None, None]).clamp_(0, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def to_float(images: Tensor) -> Tensor:
     """Convert uint8 in [0, 255] to float32 in [0, 1]."""
-    return images.float().div_(255)
+    return images / 255
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -22,6 +22,12 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """Return a float32 tensor of the values, copied to the device only once because each copy synchronizes with it."""
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def arange(size: int, device: torch.device) -> Tensor:
+    """Return int64 (size,), 0 to size - 1, created only once."""
+    return torch.arange(size, device=device)
 
 
 def blend_where(mask: Tensor, selected: Tensor, other: Tensor) -> Tensor:

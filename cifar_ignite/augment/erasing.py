@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from cifar_ignite.augment.elementwise import arange, constant
 from cifar_ignite.augment.sampling import bernoulli_mask, random_uniform
 from cifar_ignite.config import AugmentConfig
 
@@ -26,13 +27,13 @@ def random_erasing_boxes(batch: int, config: AugmentConfig, size: int, device: t
         Int64 (B, 4), inside the image.
     """
     low, high = config.erasing_ratio
-    area = random_uniform(batch, *config.erasing_scale, device) * size**2
-    ratio = random_uniform(batch, math.log(low), math.log(high), device).exp()
-    mask = bernoulli_mask(batch, config.erasing_p, device)
-    extent = torch.stack([area * ratio, area / ratio], dim=-1).sqrt().round().clamp(max=size - 1).long()
-    extent = extent * mask[:, None]
-    corner = (torch.rand(batch, 2, device=device) * (size - extent + 1)).long()
-    return torch.cat([corner, corner + extent], dim=-1)
+    side = random_uniform(batch, *config.erasing_scale, device).sqrt_().mul_(size)
+    log_ratio = random_uniform(batch, math.log(low), math.log(high), device)
+    side *= bernoulli_mask(batch, config.erasing_p, device)
+    stretch = (log_ratio[:, None] * constant((1 / 2, -1 / 2), device)).exp_()
+    extent = (side[:, None] * stretch).round_().clamp_(max=size - 1)
+    corner = (torch.rand(batch, 2, device=device) * (size + 1 - extent)).floor_()
+    return torch.cat([corner, corner + extent], dim=-1).long()
 
 
 def random_cutout_boxes(batch: int, side: int, size: int, device: torch.device) -> Tensor:
@@ -53,10 +54,8 @@ def random_cutout_boxes(batch: int, side: int, size: int, device: torch.device) 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
     """Set the inside of `boxes`, int64 (B, 4), to 0, which is the mean of normalized images."""
-    top, left, bottom, right = boxes[:, :, None].unbind(1)
-    row = torch.arange(images.shape[-2], device=images.device)
-    column = torch.arange(images.shape[-1], device=images.device)
-    rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
-    # A product of zeros and ones, because masked_fill is not vectorized on a CPU.
-    inside = rows[:, :, None].to(images.dtype) * columns[:, None, :].to(images.dtype)
-    return images * (1 - inside)[:, None]
+    position = arange(images.shape[-1], images.device)  # images are square
+    is_outside = (position < boxes[:, :2, None]) | (position >= boxes[:, 2:, None])
+    # A product with zeros and ones, because masked_fill is not vectorized on a CPU.
+    rows, columns = is_outside.to(images.dtype).unbind(1)
+    return images * torch.maximum(rows[:, :, None], columns[:, None, :])[:, None]

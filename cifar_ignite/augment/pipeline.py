@@ -11,11 +11,12 @@ device.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cifar_ignite.augment.color import color_jitter
+from cifar_ignite.augment.color import color_jitter, random_color_factors
 from cifar_ignite.augment.elementwise import normalize, to_float
 from cifar_ignite.augment.erasing import erase, random_cutout_boxes, random_erasing_boxes
 from cifar_ignite.augment.geometry import (
@@ -27,9 +28,14 @@ from cifar_ignite.augment.geometry import (
     rotation_matrices,
     warp_perspective,
 )
-from cifar_ignite.augment.mixing import cutmix_or_mixup
+from cifar_ignite.augment.mixing import create_cutmix_or_mixup
 from cifar_ignite.augment.sampling import bernoulli_mask, random_uniform
-from cifar_ignite.augment.trivial_augment import MAX_MAGNITUDES, random_trivial_augment, trivial_augment
+from cifar_ignite.augment.trivial_augment import (
+    MAX_MAGNITUDES,
+    TrivialAugmentParams,
+    random_trivial_augment,
+    trivial_augment,
+)
 from cifar_ignite.config import STRONG_AUGMENT_OFF, AugmentConfig
 
 BatchTransform = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
@@ -61,42 +67,90 @@ def create_train_transform(config: AugmentConfig, num_classes: int, epochs: int)
 
 def create_pipeline(config: AugmentConfig, num_classes: int) -> Pipeline:
     """Create the augmentation of one epoch: as `create_train_transform`, without the argument for the epoch."""
+    mix = create_cutmix_or_mixup(config, num_classes)
 
     def pipeline(images: Tensor, labels: Tensor, flip_mask: Tensor) -> tuple[Tensor, Tensor]:
-        images = _augment_geometry(to_float(images), flip_mask, config)
-        images = color_jitter(images, config)
-        if config.trivial_augment != "off":
-            params = random_trivial_augment(len(images), images.device)
-            images = trivial_augment(images, params, MAX_MAGNITUDES[config.trivial_augment])
-        images = _augment_erasing(normalize(images, config.mean, config.std), config)
-        images, targets = cutmix_or_mixup(images, labels, config, num_classes)
+        params = random_augment_params(images, flip_mask, config)
+        images, targets = mix(augment_images(images, params, config), labels)
         return images.contiguous(memory_format=torch.channels_last), targets
 
     return pipeline
 
 
-def _augment_geometry(images: Tensor, flip_mask: Tensor, config: AugmentConfig) -> Tensor:
-    """Apply crop, flip, rotation and perspective."""
+@dataclass(frozen=True)
+class AugmentParams:
+    """Random parameters of a batch; None for what is not applied.
+
+    Attributes:
+        crop_offsets: See `random_crop_offsets`.
+        flip_mask: Bool (B,), true for the images to flip.
+        degrees: Float (B,), rotation.
+        perspective_offsets: See `random_perspective_offsets`; given with `degrees`.
+        color_factors: See `random_color_factors`.
+        trivial_augment: See `random_trivial_augment`.
+        boxes: Boxes to erase, int64 (B, 4) each; see `erase`.
+    """
+
+    crop_offsets: Tensor | None
+    flip_mask: Tensor
+    degrees: Tensor | None
+    perspective_offsets: Tensor | None
+    color_factors: dict[str, Tensor]
+    trivial_augment: TrivialAugmentParams | None
+    boxes: tuple[Tensor, ...]
+
+
+def random_augment_params(images: Tensor, flip_mask: Tensor, config: AugmentConfig) -> AugmentParams:
+    """Draw the parameters of `augment_images` for a batch.
+
+    Args:
+        images: Batch (B, 3, H, W), for its size and device.
+        flip_mask: Bool (B,), images to flip if `flip_mode` is "alternating".
+        config: Augmentations and their strengths.
+    """
     batch, size, device = len(images), images.shape[-1], images.device
-    if config.crop_padding:
-        offsets = random_crop_offsets(batch, config.crop_padding, device)
-        images = crop(images, offsets, config.crop_padding, config.padding_mode)
+    crop_offsets = random_crop_offsets(batch, config.crop_padding, device) if config.crop_padding else None
     # Alternating flip (Jordan, 2024, arXiv:2404.00498): images flipped in one epoch are not flipped in the next.
-    is_alternating = config.flip_mode == "alternating"
-    images = flip(images, flip_mask if is_alternating else bernoulli_mask(batch, config.flip_p, device))
+    if config.flip_mode != "alternating":
+        flip_mask = bernoulli_mask(batch, config.flip_p, device)
+    degrees, perspective_offsets = None, None
     if config.rotation_degrees or config.perspective_p:
         degrees = random_uniform(batch, -config.rotation_degrees, config.rotation_degrees, device)
-        offsets = random_perspective_offsets(batch, config, size, device)
-        # Rotation is applied first; the matrices map output to input, so their order is reversed.
-        images = warp_perspective(images, rotation_matrices(degrees) @ perspective_matrices(offsets, size))
-    return images
-
-
-def _augment_erasing(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Apply random erasing and cutout to normalized images."""
-    batch, size, device = len(images), images.shape[-1], images.device
+        perspective_offsets = random_perspective_offsets(batch, config, size, device)
+    color_factors = random_color_factors(batch, config, device)
+    trivial = random_trivial_augment(batch, device) if config.trivial_augment != "off" else None
+    boxes = []
     if config.erasing_p:
-        images = erase(images, random_erasing_boxes(batch, config, size, device))
+        boxes.append(random_erasing_boxes(batch, config, size, device))
     if config.cutout_size:
-        images = erase(images, random_cutout_boxes(batch, config.cutout_size, size, device))
+        boxes.append(random_cutout_boxes(batch, config.cutout_size, size, device))
+    return AugmentParams(crop_offsets, flip_mask, degrees, perspective_offsets, color_factors, trivial, tuple(boxes))
+
+
+def augment_images(images: Tensor, params: AugmentParams, config: AugmentConfig) -> Tensor:
+    """Apply the augmentations with drawn parameters, and normalize: a pure function.
+
+    Args:
+        images: Uint8 (B, 3, H, W).
+        params: Parameters of B images.
+        config: Section with the padding mode, the space of TrivialAugment, and the mean and standard deviation.
+
+    Returns:
+        Normalized float images (B, 3, H, W).
+    """
+    images = to_float(images)
+    if params.crop_offsets is not None:
+        images = crop(images, params.crop_offsets, config.crop_padding, config.padding_mode)
+    images = flip(images, params.flip_mask)
+    if params.degrees is not None and params.perspective_offsets is not None:
+        rotation = rotation_matrices(params.degrees)
+        # Rotation is applied first; the matrices map output to input, so their order is reversed.
+        matrices = rotation @ perspective_matrices(params.perspective_offsets, images.shape[-1])
+        images = warp_perspective(images, matrices)
+    images = color_jitter(images, params.color_factors)
+    if params.trivial_augment is not None:
+        images = trivial_augment(images, params.trivial_augment, MAX_MAGNITUDES[config.trivial_augment])
+    images = normalize(images, config.mean, config.std)
+    for boxes in params.boxes:
+        images = erase(images, boxes)
     return images

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from cifar_ignite.augment.color import adjust_brightness, adjust_contrast, adjust_saturation, adjust_sharpness
-from cifar_ignite.augment.elementwise import blend_where
+from cifar_ignite.augment.elementwise import arange, blend_where, constant
 from cifar_ignite.augment.geometry import rotation_matrices, warp_perspective
 
 OPS = (
@@ -54,14 +54,6 @@ class TrivialAugmentParams:
     fractions: Tensor
     signs: Tensor
 
-    def is_selected(self, op: str) -> Tensor:
-        """Return bool (B,), true for the images that get this operation."""
-        return self.ops == OPS.index(op)
-
-    def magnitude(self, op: str, largest: float) -> Tensor:
-        """Return float (B,), the signed magnitude of this operation; 0 where it is not selected."""
-        return self.is_selected(op) * self.signs * self.fractions * largest
-
 
 def random_trivial_augment(batch: int, device: torch.device) -> TrivialAugmentParams:
     """Draw an operation, one of `NUM_MAGNITUDE_BINS` magnitudes and a sign for every image, all uniformly."""
@@ -81,33 +73,43 @@ def trivial_augment(images: Tensor, params: TrivialAugmentParams, largest: dict[
         params: Operations and magnitudes of B images.
         largest: Largest magnitudes, a value of `MAX_MAGNITUDES`.
     """
-    images = warp_perspective(images, _affine_matrices(params, largest, images.shape[-1]))
-    for op, adjust in (
-        ("brightness", adjust_brightness),
-        ("saturation", adjust_saturation),
-        ("contrast", adjust_contrast),
-        ("sharpness", adjust_sharpness),
-    ):
-        images = adjust(images, 1 + params.magnitude(op, largest["factor"]))
-    images = posterize(images, 8 - (params.is_selected("posterize") * params.fractions * largest["bits"]).round())
-    images = solarize(images, torch.where(params.is_selected("solarize"), 1 - params.fractions, 2))
-    for op, adjust_all in (("autocontrast", functional.autocontrast), ("equalize", functional.equalize)):
-        images = blend_where(params.is_selected(op)[:, None, None, None], adjust_all(images), images)
-    return images
+    size, device = images.shape[-1], images.device
+    mask = (params.ops[:, None] == arange(len(OPS), device)).to(images.dtype)
+    is_selected = dict(zip(OPS, mask.unbind(1), strict=True))
+    signed = (mask * (params.fractions * params.signs)[:, None]).mul_(constant(_largest_by_op(largest, size), device))
+    magnitude = dict(zip(OPS, signed.unbind(1), strict=True))
+    images = warp_perspective(images, _affine_matrices(signed, size))
+    images = adjust_brightness(images, 1 + magnitude["brightness"])
+    images = adjust_saturation(images, 1 + magnitude["saturation"])
+    images = adjust_contrast(images, 1 + magnitude["contrast"])
+    images = adjust_sharpness(images, 1 + magnitude["sharpness"])
+    images = posterize(images, 8 - magnitude["posterize"].abs().round_())
+    images = solarize(images, blend_where(is_selected["solarize"], 1 - params.fractions, constant((2,), device)))
+    images = blend_where(is_selected["autocontrast"][:, None, None, None], functional.autocontrast(images), images)
+    return blend_where(is_selected["equalize"][:, None, None, None], functional.equalize(images), images)
 
 
-def _affine_matrices(params: TrivialAugmentParams, largest: dict[str, float], size: int) -> Tensor:
-    """Return the homographies, float (B, 3, 3), of shear, translation and rotation; see geometry.py."""
-    shear_x, shear_y = (params.magnitude(op, largest["shear"]) for op in ("shear_x", "shear_y"))
-    shift_x, shift_y = (
-        params.magnitude(op, largest["translate"] * size).trunc() for op in ("translate_x", "translate_y")
-    )
-    matrices = rotation_matrices(params.magnitude("rotate", largest["rotate"]))
-    matrices[:, 0, 1] += shear_x
-    matrices[:, 1, 0] += shear_y
+def _largest_by_op(largest: dict[str, float], size: int) -> tuple[float, ...]:
+    """Return the largest magnitude of each of `OPS`, translations in pixels; 0 for operations without one."""
+    shear, translate, factor = largest["shear"], largest["translate"] * size, largest["factor"]
+    geometry = (shear, shear, translate, translate, largest["rotate"])
+    return (0, *geometry, factor, factor, factor, factor, largest["bits"], 0, 0, 0)
+
+
+def _affine_matrices(magnitudes: Tensor, size: int) -> Tensor:
+    """Return the homographies, float (B, 3, 3), of shear, translation and rotation; see geometry.py.
+
+    Args:
+        magnitudes: Signed magnitudes, float (B, len(OPS)), 0 where the operation is not selected.
+        size: Height and width of the images in pixels.
+    """
+    first = OPS.index("shear_x")
+    shears, shifts = magnitudes[:, first : first + 2], magnitudes[:, first + 2 : first + 4].trunc()
+    matrices = rotation_matrices(magnitudes[:, OPS.index("rotate")])
+    matrices[:, 0, 1].add_(shears[:, 0])
+    matrices[:, 1, 0].add_(shears[:, 1])
     # The center of the shear is the corner (-size / 2, -size / 2), as in AutoAugment.
-    matrices[:, 0, 2] = shear_x * size / 2 - shift_x
-    matrices[:, 1, 2] = shear_y * size / 2 - shift_y
+    matrices[:, :2, 2] = shears * (size / 2) - shifts
     return matrices
 
 

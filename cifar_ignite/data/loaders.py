@@ -97,13 +97,15 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the remaining batches of the epoch that contains `iteration`."""
         epoch, start = divmod(self.iteration, len(self))
-        batches = self.epoch_permutation(epoch).to(self.images.device).split(self.batch_size)
-        for indices in batches[start:]:
+        order = self.epoch_permutation(epoch).to(self.images.device)
+        columns = order, self.labels[order], self._flip_mask[order] ^ bool(epoch % 2)
+        batches = list(zip(*(column.split(self.batch_size) for column in columns), strict=True))
+        for indices, labels, flip_mask in batches[start:]:
             seed_generators(derive_seed(self.seed, ITERATION, self.iteration), self.images.device)
             self.iteration += 1
             # index_select copies image by image; images[indices] copies byte by byte, 20x slower on a CPU.
-            images, labels = self.images.index_select(0, indices), self.labels[indices]
-            yield self._shard(*self.transform(images, labels, epoch, self._flip_mask[indices] ^ bool(epoch % 2)))
+            images = self.images.index_select(0, indices)
+            yield self._shard(*self.transform(images, labels, epoch, flip_mask))
 
     def _shard(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's rows of a batch, and set the loss scale and the seed for what is drawn afterwards."""

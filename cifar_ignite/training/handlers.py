@@ -74,13 +74,16 @@ def attach_grad_clipping(
     """
     parameters = list(model.parameters())
     device = parameters[0].device
-    max_norm, check_every = options.clip_grad_norm or math.inf, device_check_interval(device, options.log_every)
+    max_norm, check_every = options.clip_grad_norm, device_check_interval(device, options.log_every)
     # Iteration and learning rate of the first gradient that was not finite; 0 while there is none.
     first_non_finite = torch.zeros(2, dtype=torch.float64, device=device)
 
     def clip_and_flag(engine: Engine) -> None:
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        is_non_finite = ~norm.isfinite()
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if max_norm:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        is_non_finite = ~(norm < math.inf)  # also true for NaN
         optimizer.found_inf = is_non_finite.float()  # type: ignore[attr-defined]
         if scaler.is_enabled():  # only overflows without a finite gradient in between count
             first_non_finite.mul_(is_non_finite)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from cifar_ignite.augment.elementwise import constant
+
 
 class Muon(SGD):
     """Orthogonalized momentum for convolution weights, SGD for all other parameters.
@@ -100,8 +102,8 @@ def _norm_scale(vector: Tensor, weights: list[Tensor]) -> Tensor:
     """
     sizes = [weight.numel() for weight in weights]
     # torch has no public operators over a list of tensors (checked with torch 2.11 and 2.14).
-    scales = torch._foreach_reciprocal(torch._foreach_norm(vector.split(sizes)))
-    torch._foreach_mul_(scales, [math.sqrt(len(weight)) for weight in weights])
+    norms = torch.stack(torch._foreach_norm(vector.split(sizes)))
+    scales = constant(tuple(math.sqrt(len(weight)) for weight in weights), vector.device) / norms
     return torch.cat([scale.expand(size) for scale, size in zip(scales, sizes, strict=True)])
 
 

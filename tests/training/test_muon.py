@@ -108,6 +108,21 @@ def test_muon_with_found_inf_skips_update():
     assert not torch.equal(weights[0], before[0][0])
 
 
+def test_muon_updates_weights_together_as_each_alone():
+    """Weights of several shapes, tall and wide, in channels_last and contiguous."""
+    shapes = [(8, 3, 3, 3), (8, 8, 3, 3), (8, 8, 3, 3), (16, 8, 1, 1), (16, 8, 3, 3)]
+    together = [create_weights(1, *shape)[0] for shape in shapes]
+    together[1].data = together[1].data.contiguous(memory_format=torch.channels_last)
+    alone = copy.deepcopy(together)
+    optimizers = [create_muon(together, dtype=torch.float32), *(create_muon([w], dtype=torch.float32) for w in alone)]
+    for seed in range(3):
+        for weights in (together, alone):
+            set_random_gradients(weights, torch.Generator().manual_seed(seed))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.allclose(weight, other, atol=1e-6) for weight, other in zip(together, alone, strict=True))
+
+
 def test_muon_leaves_weights_without_gradient_unchanged():
     weights = create_weights(3, 4, 3, 3, 3)
     before = copy.deepcopy(weights)
