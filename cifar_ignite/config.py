@@ -246,7 +246,7 @@ class Config(Section):
     it, otherwise fp32), `fp32`, `bf16` or `fp16` (with a gradient scaler)"""
     compile: Annotated[Literal["auto", "on", "off"], Resume.SAFE] = "auto"
     """torch.compile for the training pass: `auto` (on a CPU, for 2,000 iterations or more; a failure is a warning),
-    `on` (a failure ends the run) or `off`"""
+    `on` (for the augmentation as well; a failure ends the run) or `off`"""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

@@ -1,6 +1,5 @@
 """Elementwise operations: conversion to float, normalization, selection by a mask."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,16 +17,25 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return images.sub(shift[:, None, None]).div_(scale[:, None, None])
 
 
-@lru_cache
+# Tensors on their device. A dictionary rather than functools.lru_cache, because torch.compile makes tensors that it
+# finds in a dictionary inputs of the compiled function, but creates those of a cached function again in each call.
+_CACHE: dict[Any, Tensor] = {}
+
+
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """Return a float32 tensor of the values, copied to the device only once because each copy synchronizes with it."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    key = ("float32", values, str(device))
+    if key not in _CACHE:
+        _CACHE[key] = torch.tensor(values, dtype=torch.float32, device=device)
+    return _CACHE[key]
 
 
-@lru_cache
 def arange(size: int, device: torch.device) -> Tensor:
     """Return int64 (size,), 0 to size - 1, created only once."""
-    return torch.arange(size, device=device)
+    key = ("arange", size, str(device))
+    if key not in _CACHE:
+        _CACHE[key] = torch.arange(size, device=device)
+    return _CACHE[key]
 
 
 def blend_where(mask: Tensor, selected: Tensor, other: Tensor) -> Tensor:

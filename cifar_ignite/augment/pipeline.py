@@ -37,26 +37,36 @@ from cifar_ignite.augment.trivial_augment import (
     trivial_augment,
 )
 from cifar_ignite.config import STRONG_AUGMENT_OFF, AugmentConfig
+from cifar_ignite.errors import TrainingError, first_line
 
 BatchTransform = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
 Pipeline = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+AugmentImages = Callable[[Tensor, "AugmentParams", AugmentConfig], Tensor]
 
 
-def create_train_transform(config: AugmentConfig, num_classes: int, epochs: int) -> BatchTransform:
+def create_train_transform(
+    config: AugmentConfig, num_classes: int, epochs: int, compile_for: Tensor | None = None
+) -> BatchTransform:
     """Create the augmentation of training batches.
 
     Args:
         config: Augmentations and their strengths.
         num_classes: Number of columns of the targets.
         epochs: Number of epochs of the run; the last `strong_off_fraction` of them get flip and crop only.
+        compile_for: Uint8 images (B, 3, H, W) on the device: batches of this shape go through torch.compile, smaller
+            ones do not. None compiles nothing.
 
     Returns:
         A function of images, uint8 (B, 3, H, W), labels, int64 (B,), the epoch (from 0) and a mask, bool (B,), of the
         images to flip if `flip_mode` is "alternating". It returns normalized float images (B, 3, H, W) in channels_last
         and targets, float (B, num_classes), each row a distribution over the classes.
+
+    Raises:
+        TrainingError: If compilation fails.
     """
-    strong = create_pipeline(config, num_classes)
-    weak = create_pipeline(config.model_copy(update=STRONG_AUGMENT_OFF), num_classes)
+    strong = create_pipeline(config, num_classes, compile_for)
+    weak_config = config.model_copy(update=STRONG_AUGMENT_OFF)
+    weak = create_pipeline(weak_config, num_classes, compile_for if config.strong_off_fraction else None)
 
     def transform(images: Tensor, labels: Tensor, epoch: int, flip_mask: Tensor) -> tuple[Tensor, Tensor]:
         is_weak = config.strong_off_fraction and epoch >= round(epochs * (1 - config.strong_off_fraction))
@@ -65,16 +75,32 @@ def create_train_transform(config: AugmentConfig, num_classes: int, epochs: int)
     return transform
 
 
-def create_pipeline(config: AugmentConfig, num_classes: int) -> Pipeline:
+def create_pipeline(config: AugmentConfig, num_classes: int, compile_for: Tensor | None = None) -> Pipeline:
     """Create the augmentation of one epoch: as `create_train_transform`, without the argument for the epoch."""
     mix = create_cutmix_or_mixup(config, num_classes)
+    compiled = augment_images if compile_for is None else _compile_augment_images(compile_for, config)
+    compiled_batch = 0 if compile_for is None else len(compile_for)
 
     def pipeline(images: Tensor, labels: Tensor, flip_mask: Tensor) -> tuple[Tensor, Tensor]:
         params = random_augment_params(images, flip_mask, config)
-        images, targets = mix(augment_images(images, params, config), labels)
+        augment = compiled if len(images) == compiled_batch else augment_images
+        images, targets = mix(augment(images, params, config), labels)
         return images.contiguous(memory_format=torch.channels_last), targets
 
     return pipeline
+
+
+def _compile_augment_images(images: Tensor, config: AugmentConfig) -> AugmentImages:
+    """Return `augment_images` through torch.compile, compiled for batches like `images`; draws random parameters."""
+    params = random_augment_params(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), config)
+    # The eager call creates the cached constants, so that the compiled function has them among its inputs.
+    augment_images(images, params, config)
+    try:
+        compiled = torch.compile(augment_images, dynamic=False)
+        compiled(images, params, config)
+    except Exception as error:  # the compilers, of torch and of the system, raise nearly anything
+        raise TrainingError(f"torch.compile failed ({first_line(error)}); use compile=off") from None
+    return compiled
 
 
 @dataclass(frozen=True)

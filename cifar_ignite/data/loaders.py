@@ -173,6 +173,7 @@ def create_loaders(
 
     Raises:
         InputError: If a batch has fewer images than there are ranks.
+        TrainingError: If compilation of the augmentation was requested (compile="on") and fails.
     """
     batch_size, shard = config.data.batch_size, Shard.current()
     if batch_size < shard.world_size:
@@ -180,10 +181,11 @@ def create_loaders(
             f"data.batch_size: {batch_size} images cannot be split over {shard.world_size} processes; "
             f"use at least {shard.world_size}"
         )
-    transform = create_train_transform(config.augment, train_set.num_classes, config.train.epochs)
-    train_loader = TrainLoader(
-        train_set.to(device), batch_size=batch_size, seed=config.seed, transform=transform, shard=shard
-    )
+    train_set = train_set.to(device)
+    is_compiled = config.compile == "on" and batch_size <= len(train_set)
+    compile_for = train_set.images[:batch_size] if is_compiled else None
+    transform = create_train_transform(config.augment, train_set.num_classes, config.train.epochs, compile_for)
+    train_loader = TrainLoader(train_set, batch_size=batch_size, seed=config.seed, transform=transform, shard=shard)
     if not len(val_set):
         return train_loader, None
     return train_loader, EvalLoader(val_set.to(device), batch_size=batch_size, augment=config.augment, shard=shard)
