@@ -25,7 +25,7 @@ CUDA = torch.device("cuda")
 def broken_compile(model, **options):
     """Stand in for torch.compile on a machine without a compiler."""
 
-    def call(images):
+    def call(*arguments):
         raise RuntimeError("no compiler\nand a long explanation")
 
     return call
