@@ -16,7 +16,12 @@ from cifar_ignite.data.dataset import IMAGE_SIZE, ImageDataset, train_val_split
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader, create_loaders, shard_slice
 from cifar_ignite.distributed.collectives import wrap_ddp
 from cifar_ignite.training import handlers
-from cifar_ignite.training.device import enable_deterministic_algorithms, resolve_amp_dtype, select_device
+from cifar_ignite.training.device import (
+    enable_deterministic_algorithms,
+    resolve_amp_dtype,
+    select_device,
+    set_float32_precision,
+)
 from cifar_ignite.training.engines import LossFn, create_trainer, scale_loss
 from cifar_ignite.training.forward import Forward, create_forward, create_training_forward, should_compile, zero_images
 from cifar_ignite.training.lr_schedule import attach_lr_schedule
@@ -96,6 +101,7 @@ def create_setup(config: Config, dataset: ImageDataset) -> Setup:
     """
     device = select_device(config.device)
     enable_deterministic_algorithms()
+    set_float32_precision(config.precision)
     amp_dtype = resolve_amp_dtype(config.precision, device)
     train_set, no_images = train_val_split(dataset, 0, config.data.split_seed)
     loader, _ = create_loaders(config, train_set, no_images, device)

@@ -34,7 +34,13 @@ from cifar_ignite.files import (
     timestamp,
     translate_write_errors,
 )
-from cifar_ignite.training.device import dtype_name, enable_deterministic_algorithms, resolve_amp_dtype, select_device
+from cifar_ignite.training.device import (
+    dtype_name,
+    enable_deterministic_algorithms,
+    resolve_amp_dtype,
+    select_device,
+    set_float32_precision,
+)
 from cifar_ignite.training.loggers import log_config, log_file, log_summary
 from cifar_ignite.training.signals import catch_signals
 from cifar_ignite.training.state import TrainingState, attach_handlers, create_initial_model, run_training
@@ -83,6 +89,7 @@ def train(
     config = resume_state.config if resume_state else config
     device = select_device(config.device)
     enable_deterministic_algorithms()
+    set_float32_precision(config.precision)
     with distributed_context(device, env) as context:
         if resume_error:  # raised once the ranks have joined, so that no other rank waits for this one
             raise resume_error

@@ -1,5 +1,6 @@
 """Inference over a dataset, with test-time augmentation (TTA) if requested."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -15,7 +16,7 @@ from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.loaders import EvalLoader, Shard
 from cifar_ignite.distributed.collectives import gather_outputs
 from cifar_ignite.evaluation.trained_model import TrainedModel
-from cifar_ignite.training.device import enable_deterministic_algorithms, resolve_amp_dtype
+from cifar_ignite.training.device import enable_deterministic_algorithms, resolve_amp_dtype, set_float32_precision
 from cifar_ignite.training.engines import create_evaluator
 from cifar_ignite.training.forward import Forward, create_forward
 from cifar_ignite.training.metrics import attach_metrics
@@ -24,6 +25,7 @@ from cifar_ignite.training.metrics import attach_metrics
 def create_inference_forward(trained: TrainedModel) -> Forward:
     """Move a trained model to its device; return its forward pass, which is deterministic on a GPU too."""
     enable_deterministic_algorithms()
+    set_float32_precision(trained.config.precision)
     model = trained.model.to(trained.device)
     return create_forward(model, trained.device, resolve_amp_dtype(trained.config.precision, trained.device))
 
@@ -81,9 +83,23 @@ def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset
     return logits.float().softmax(1).cpu(), state.metrics
 
 
+class DeviceConfusionMatrix(ConfusionMatrix):
+    """Ignite's `ConfusionMatrix` for labels in [0, num_classes), accumulated without reading from the device.
+
+    Ignite's own selects valid labels by a mask and counts them with `bincount`; both make the host wait for the device
+    (checked with Ignite 0.5.5). Sums of integers do not depend on their order.
+    """
+
+    def update(self, output: Sequence[Tensor]) -> None:
+        logits, labels = output
+        self._num_examples += len(labels)
+        cells = labels * self.num_classes + logits.argmax(1)
+        self.confusion_matrix.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+
+
 def _attach_class_metrics(evaluator: Engine, num_classes: int, device: torch.device) -> None:
     # Ignite's own Precision and Recall fail on the empty batches that a rank may have.
-    confusion = ConfusionMatrix(num_classes, device=device)
+    confusion = DeviceConfusionMatrix(num_classes, device=device)
     precision, recall = cmPrecision(confusion, average=False), cmRecall(confusion, average=False)
     metrics = {
         "top2_accuracy": TopKCategoricalAccuracy(2, device=device),

@@ -21,16 +21,30 @@ def enable_deterministic_algorithms() -> None:
     torch.backends.cudnn.deterministic = True
 
 
+def set_float32_precision(precision: str) -> None:
+    """Let convolutions and matrix products of float32 tensors use TF32 on a GPU if `precision` is "tf32", else not.
+
+    By default, torch uses TF32 for convolutions: 10 bits of the significand instead of 23. The newer attributes
+    `fp32_precision` are not used, because torch.compile reads `allow_tf32`, which then raises (checked with torch 2.14).
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
 def resolve_amp_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of convolutions and matrix products under autocast.
 
-    "auto" is bfloat16 if the device has instructions for it, otherwise float32. Sums over many values (BatchNorm
-    statistics, the loss, the update) stay in float32.
+    "auto" is bfloat16 if the device has instructions for it, otherwise float16 on a GPU of compute capability 7.0 or
+    higher, whose tensor cores have it (V100, T4), otherwise float32. "tf32" is float32 as well, see
+    `set_float32_precision`. Sums over many values (BatchNorm statistics, the loss, the update) stay in float32.
     """
     if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if has_bf16 else torch.float32
+        names = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return names[precision]
+    if device.type != "cuda":
+        return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
 
 
 def _cpu_has_bf16() -> bool:

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from ignite.metrics import ConfusionMatrix
 from torchvision.transforms.v2 import functional
 
 from cifar_ignite.data.dataset import ImageDataset
-from cifar_ignite.evaluation.inference import create_inference_forward, create_tta_forward, run_inference
+from cifar_ignite.evaluation.inference import (
+    DeviceConfusionMatrix,
+    create_inference_forward,
+    create_tta_forward,
+    run_inference,
+)
 from tests.evaluation.helpers import FixedLogits, trained_with
 
 
@@ -47,3 +53,14 @@ def test_run_inference_without_labels_returns_probabilities_only():
     probabilities, metrics = run_inference(trained, trained.model, dataset)
     assert torch.equal(probabilities, logits.softmax(1))
     assert metrics == {}
+
+
+def test_device_confusion_matrix_equals_ignites():
+    torch.manual_seed(0)
+    ours, theirs = DeviceConfusionMatrix(4), ConfusionMatrix(4)
+    for size in (50, 7, 0):
+        output = torch.randn(size, 4), torch.randint(4, (size,))
+        ours.update(output)
+        if size:  # Ignite's own refuses an empty batch
+            theirs.update(output)
+    assert torch.equal(ours.compute(), theirs.compute())

@@ -10,6 +10,7 @@ from cifar_ignite.training.device import (
     enable_deterministic_algorithms,
     resolve_amp_dtype,
     select_device,
+    set_float32_precision,
 )
 from tests.training.helpers import CPU
 
@@ -44,7 +45,8 @@ def test_enable_deterministic_algorithms_sets_cudnn(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    ("precision", "expected"),
+    [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
 def test_resolve_amp_dtype_follows_explicit_precision(precision, expected):
     assert resolve_amp_dtype(precision, CPU) == expected
@@ -76,9 +78,27 @@ def test_resolve_amp_dtype_auto_works_without_public_capabilities(monkeypatch, h
     assert resolve_amp_dtype("auto", CPU) == expected
 
 
-def test_resolve_amp_dtype_auto_ignores_emulated_bf16_of_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert resolve_amp_dtype("auto", CUDA) == torch.float32
+@pytest.mark.parametrize(
+    ("has_bf16", "capability", "expected"),
+    [
+        (True, (8, 0), torch.bfloat16),
+        (False, (7, 5), torch.float16),
+        (False, (7, 0), torch.float16),
+        (False, (6, 1), torch.float32),
+    ],
+)
+def test_resolve_amp_dtype_auto_follows_gpu(monkeypatch, has_bf16, capability, expected):
+    """Also an emulated bf16, which torch reports for older GPUs, is not used."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_amp_dtype("auto", CUDA) == expected
+
+
+def test_set_float32_precision_allows_tf32_only_if_requested():
+    for precision, is_allowed in (("tf32", True), ("auto", False), ("tf32", True), ("fp32", False), ("bf16", False)):
+        set_float32_precision(precision)
+        assert torch.backends.cudnn.allow_tf32 == is_allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == is_allowed
 
 
 def test_dtype_name_has_no_module():
