@@ -20,13 +20,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_rates(workloads: Mapping[str, Workload], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def measure_rates(
+    workloads: Mapping[str, Workload],
+    device: torch.device,
+    seconds: float,
+    on_round: Callable[[dict[str, list[float]]], None] = lambda rates: None,
+) -> dict[str, list[float]]:
     """Run the workloads alternately, after one round to warm up.
 
     Args:
         workloads: Workloads by name.
         device: Device that they run on.
         seconds: Duration of the measurement; at least `MIN_ROUNDS` rounds are made.
+        on_round: Called with the rates so far after each round.
 
     Returns:
         Images per second of each workload, one value per round.
@@ -42,6 +48,7 @@ def measure_rates(workloads: Mapping[str, Workload], device: torch.device, secon
             count = workload()
             synchronize(device)
             rates[name].append(count / (time.perf_counter() - started))
+        on_round(rates)
         rounds += 1
     return rates
 

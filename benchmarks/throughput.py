@@ -4,7 +4,8 @@
     python -m benchmarks.throughput --set data.batch_size=512 --seconds 60 --out throughput
 
 The rows of a table are measured alternately in one process, so that a disturbance of the machine affects all of them; a
-figure is the median over the rounds, with the lowest and the highest. Writes FILE.json and FILE.png.
+figure is the median over the rounds, with the lowest and the highest. FILE.json is rewritten after each round and each
+further measurement; FILE.png is written at the end.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import contextlib
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks.baseline import baseline_pipeline_workload, baseline_workload, kornia_workload
 from benchmarks.environment import describe_versions, device_name, peak_memory
 from benchmarks.measuring import Workload, measure_rates, profile, rate_table, synchronize
-from benchmarks.options import create_out, create_parser, exit_on_error, write_json
+from benchmarks.options import create_out, create_parser, exit_on_error, first_line, write_json
 from benchmarks.workloads import (
     Setup,
     bare_step_workload,
@@ -60,9 +61,9 @@ RATIOS = {
 PIPELINE_EPOCHS = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
-    """All results of a run of the benchmark.
+    """The results of a run of the benchmark, filled in one after the other.
 
     Attributes:
         title: Model, batch size, precision and device.
@@ -70,28 +71,29 @@ class Results:
         rates: Table of the comparison, see `rate_table`.
         batch_rates: Table of this project's iteration by batch size.
         epoch_seconds: Seconds per epoch of the input pipeline, by size of the dataset.
-        profile: Table of operators; None if not requested.
+        profile: Table of operators; None if not requested, or if the profiler failed.
     """
 
     title: str
     memory: dict[str, int]
-    rates: pd.DataFrame
-    batch_rates: pd.DataFrame
-    epoch_seconds: dict[str, float]
-    profile: str | None
+    rates: pd.DataFrame = field(default_factory=lambda: rate_table({}))
+    batch_rates: pd.DataFrame = field(default_factory=lambda: rate_table({}))
+    epoch_seconds: dict[str, float] = field(default_factory=dict)
+    profile: str | None = None
 
     @property
     def ratios(self) -> dict[str, float]:
         """Ratios of the images per second of two rows."""
         rates = self.rates.set_index("workload")["images/s"]
-        return {name: rates[numerator] / rates[denominator] for name, (numerator, denominator) in RATIOS.items()}
+        pairs = {name: pair for name, pair in RATIOS.items() if set(pair) <= set(rates.index)}
+        return {name: rates[numerator] / rates[denominator] for name, (numerator, denominator) in pairs.items()}
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace) -> tuple[Config, Results]:
-    """Make all measurements, and return them with the configuration.
+def measure(options: argparse.Namespace, out: Path) -> Results:
+    """Make all measurements; write {out}.json after each one, and after each round of the comparison.
 
     Raises:
         InputError: If the configuration is invalid, or there are fewer images than in one batch.
@@ -104,19 +106,34 @@ def measure(options: argparse.Namespace) -> tuple[Config, Results]:
     memory_before = peak_memory()
     setup = create_setup(config, random_dataset(options.images))
     project_workload(setup, 3)()
-    memory = {"cpu": peak_memory() - memory_before}
+    results = Results(create_title(setup), {"cpu": peak_memory() - memory_before})
     if device.type == "cuda":
-        memory["cuda"] = torch.cuda.max_memory_allocated(device)
-    rates = measure_rates(create_workloads(setup, options.iterations), device, options.seconds)
+        results.memory["cuda"] = torch.cuda.max_memory_allocated(device)
+
+    def save(**new: Any) -> None:
+        for name, value in new.items():
+            setattr(results, name, value)
+        write_json(out, results_dict(config, results))
+
+    def save_rates(rates: dict[str, list[float]]) -> None:
+        save(rates=rate_table(rates))
+
+    measure_rates(create_workloads(setup, options.iterations), device, options.seconds, save_rates)
+    save(batch_rates=rate_table(measure_batch_sizes(setup, options.batch_sizes, options.seconds / 4)))
     sizes = [size for size in options.dataset_sizes if size <= options.images]
-    return config, Results(
-        title=create_title(setup),
-        memory=memory,
-        rates=rate_table(rates),
-        batch_rates=rate_table(measure_batch_sizes(setup, options.batch_sizes, options.seconds / 4)),
-        epoch_seconds=measure_pipeline_epochs(config, sizes),
-        profile=profile(project_workload(setup, 4), device) if options.profile else None,
-    )
+    save(epoch_seconds=measure_pipeline_epochs(config, sizes))
+    if options.profile:
+        save(profile=try_profile(setup))
+    return results
+
+
+def try_profile(setup: Setup) -> str | None:
+    """Return a table of the operators of this project's iteration, or None with a warning if the profiler fails."""
+    try:
+        return profile(project_workload(setup, 4), setup.device)
+    except Exception as error:  # whatever the profiler of the platform raises
+        print(f"throughput: the profiler failed ({first_line(str(error))})", file=sys.stderr)
+        return None
 
 
 def create_workloads(setup: Setup, iterations: int) -> dict[str, Workload]:
@@ -209,6 +226,7 @@ def results_dict(config: Config, results: Results) -> dict[str, Any]:
         "ratios": results.ratios,
         "batch_sizes": results.batch_rates.to_dict("records"),
         "pipeline_epoch_seconds": results.epoch_seconds,
+        "profile": results.profile,
     }
 
 
@@ -239,11 +257,11 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_options()
-    with exit_on_error("throughput"):
-        config, results = measure(options)
-    print(format_results(results))
     out = create_out(options.out, "throughput")
-    json_path, png_path = write_json(out, results_dict(config, results)), out.with_name(f"{out.name}.png")
+    with exit_on_error("throughput"):
+        results = measure(options, out)
+    print(format_results(results))
+    json_path, png_path = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.png")
     plot_rates(results.rates, png_path, results.title)
     print(f"\nwritten: {json_path}, {png_path}")
     return 0

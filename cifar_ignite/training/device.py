@@ -24,8 +24,8 @@ def enable_deterministic_algorithms() -> None:
 def set_float32_precision(precision: str) -> None:
     """Let convolutions and matrix products of float32 tensors use TF32 on a GPU if `precision` is "tf32", else not.
 
-    By default, torch uses TF32 for convolutions: 10 bits of the significand instead of 23. The newer attributes
-    `fp32_precision` are not used, because torch.compile reads `allow_tf32`, which then raises (checked with torch 2.14).
+    By default, torch uses TF32 for convolutions: 10 bits of the significand instead of 23. The newer attributes named
+    `fp32_precision` are avoided: reading `allow_tf32`, as torch.compile does, would raise (checked with torch 2.14).
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 

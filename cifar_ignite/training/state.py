@@ -163,7 +163,7 @@ def create_initial_model(config: Config, num_classes: int, device: torch.device)
         check_sync_batch_norm(device)
     if config.optimizer.name == "muon" and not find_conv_weights(model):
         raise InputError(f"optimizer.name: {config.model.name} has no convolution without a bias for Muon; use sgd")
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last).to(device)
 
 
 def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any) -> CheckpointSaver:

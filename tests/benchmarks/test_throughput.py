@@ -1,14 +1,32 @@
 """The throughput benchmark on a tiny model: its rows, ratios and files."""
 
+import argparse
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
+from benchmarks import throughput
 from benchmarks.measuring import MIN_ROUNDS, measure_rates, rate_table
 from benchmarks.throughput import BARE_STEP, PROJECT
 from benchmarks.workloads import create_setup, project_workload, random_dataset
 from cifar_ignite.config_io import parse_config
 from tests.benchmarks.helpers import run_benchmark
+
+
+def tiny_options() -> argparse.Namespace:
+    """Return the options of the smallest comparison."""
+    return argparse.Namespace(
+        config=Path("configs/se.json"),
+        overrides=["model.width=2", "data.batch_size=16", "device=cpu", "compile=off"],
+        images=64,
+        iterations=1,
+        seconds=0,
+        batch_sizes=[],
+        dataset_sizes=[],
+        profile=True,
+    )
 
 
 def test_throughput_measures_and_writes_every_row(tmp_path):
@@ -60,3 +78,29 @@ def test_project_workload_trains_the_model_and_counts_images():
     assert all(not torch.equal(old, parameter) for old, parameter in pairs)
     # Two epochs of 40 images have 4 full and 2 smaller batches; the smaller ones are skipped.
     assert setup.loader.iteration == 8
+
+
+def test_throughput_writes_result_after_each_round(tmp_path, monkeypatch):
+    """A run that is stopped in a later measurement leaves the comparison."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(throughput, "measure_batch_sizes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        throughput.measure(tiny_options(), tmp_path / "speed")
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert len(result["images_per_second"]) > 4
+    assert result["ratios"]
+    assert result["batch_sizes"] == []
+
+
+def test_throughput_continues_without_profile_if_profiler_fails(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("CUPTI_ERROR")
+
+    monkeypatch.setattr(throughput, "profile", fail)
+    results = throughput.measure(tiny_options(), tmp_path / "speed")
+    assert results.profile is None
+    assert capsys.readouterr().err == "throughput: the profiler failed (CUPTI_ERROR)\n"
+    assert json.loads((tmp_path / "speed.json").read_text())["images_per_second"]

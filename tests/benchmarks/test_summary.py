@@ -1,0 +1,66 @@
+"""The table of all results, and the order of the steps of gpu.sh."""
+
+import json
+import os
+import subprocess
+import sys
+
+from benchmarks.summary import summarize
+from tests.benchmarks.helpers import run_benchmark
+from tests.helpers import REPOSITORY
+
+ACCURACY = {
+    "seeds": [{}, {}],
+    "summary": {
+        name: {"mean": mean, "sd": 0.01}
+        for name, mean in {
+            "accuracy": 0.9312,
+            "accuracy_tta_flip": 0.94,
+            "seconds": 71.2,
+            "images_per_second": 21_000,
+        }.items()
+    },
+    "time_to_accuracy": [
+        {"val_acc": 0.5, "epoch": 2, "seconds": 5.0},
+        {"val_acc": 0.9, "epoch": 17, "seconds": 40.04},
+    ],
+}
+# As after the first round of the comparison.
+THROUGHPUT = {
+    "images_per_second": [{"workload": "(a) this project", "images/s": 20_001.3}],
+    "batch_sizes": [],
+    "ratios": {"(a) / (b)": 0.951},
+    "peak_memory_bytes": {"cuda": 3e9},
+}
+
+
+def test_summarize_has_one_row_per_figure(tmp_path):
+    (tmp_path / "accuracy_se_fast.json").write_text(json.dumps(ACCURACY))
+    (tmp_path / "throughput_128_off.json").write_text(json.dumps(THROUGHPUT))
+    assert [tuple(row) for row in summarize(tmp_path).itertuples(index=False)] == [
+        ("accuracy_se_fast", "test accuracy", "93.12% ± 1.00%, seeds: 2"),
+        ("accuracy_se_fast", "test accuracy with flip", "94.00% ± 1.00%, seeds: 2"),
+        ("accuracy_se_fast", "training", "71.2 s, 21,000 images/s"),
+        ("accuracy_se_fast", "time to 90%", "40.0 s, epoch 17"),
+        ("throughput_128_off", "(a) this project", "20,001 images/s"),
+        ("throughput_128_off", "(a) / (b)", "0.95"),
+        ("throughput_128_off", "peak memory, cuda", "3,000 MB"),
+    ]
+
+
+def test_summary_without_results_fails_with_one_line(tmp_path):
+    done = run_benchmark("summary", [tmp_path])
+    assert done.returncode == 2
+    assert done.stderr == f"summary: {tmp_path}: no results of benchmarks\n"
+
+
+def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_path):
+    options = {"PYTHON": sys.executable, "LIMIT": "0", "EPOCHS": "30", "RUNS": "se_fast:2", "CASES": "128:on"}
+    command = ["bash", REPOSITORY / "benchmarks" / "gpu.sh", tmp_path / "out", tmp_path]
+    done = subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
+    estimate, rest = done.stdout.split("== doctor", 1)
+    steps = ["doctor", "faults", "accuracy_se_fast", "throughput_128_on", "accuracy_stochastic_fast"]
+    assert [line.split()[0] for line in estimate.splitlines()[1:]] == steps
+    assert "accuracy_se_fast             255 s    330 s in total" in estimate
+    assert rest.count("no time left") == len(steps)
+    assert done.returncode == 1
