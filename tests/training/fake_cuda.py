@@ -42,7 +42,7 @@ class FakeCuda(FakeTensorMode):
     FakeTensorMode raises if an operator mixes devices, or if the shape of its result depends on values. This mode also
     raises if the host reads a value or an operator waits for one, and if data is copied, unless that is allowed.
 
-    Checked with torch 2.14; torch documents FakeTensorMode but exports it from a private module only.
+    Checked with torch 2.11 and 2.14; torch documents FakeTensorMode but exports it from a private module only.
 
     Attributes:
         reads_allowed: Whether the host may read from the device; all values are 0.
