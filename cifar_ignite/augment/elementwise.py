@@ -19,23 +19,23 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 # Tensors on their device. A dictionary rather than functools.lru_cache, because torch.compile makes tensors that it
 # finds in a dictionary inputs of the compiled function, but creates those of a cached function again in each call.
-_CACHE: dict[Any, Tensor] = {}
+CACHED_TENSORS: dict[Any, Tensor] = {}
 
 
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """Return a float32 tensor of the values, copied to the device only once because each copy synchronizes with it."""
     key = ("float32", values, str(device))
-    if key not in _CACHE:
-        _CACHE[key] = torch.tensor(values, dtype=torch.float32, device=device)
-    return _CACHE[key]
+    if key not in CACHED_TENSORS:
+        CACHED_TENSORS[key] = torch.tensor(values, dtype=torch.float32, device=device)
+    return CACHED_TENSORS[key]
 
 
 def arange(size: int, device: torch.device) -> Tensor:
     """Return int64 (size,), 0 to size - 1, created only once."""
     key = ("arange", size, str(device))
-    if key not in _CACHE:
-        _CACHE[key] = torch.arange(size, device=device)
-    return _CACHE[key]
+    if key not in CACHED_TENSORS:
+        CACHED_TENSORS[key] = torch.arange(size, device=device)
+    return CACHED_TENSORS[key]
 
 
 def blend_where(mask: Tensor, selected: Tensor, other: Tensor) -> Tensor:

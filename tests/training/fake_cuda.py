@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_ignite.augment.elementwise import constant
+from cifar_ignite.augment.elementwise import CACHED_TENSORS
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -158,12 +158,12 @@ def fake_cuda() -> Iterator[FakeCuda]:
         patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         patch.object(Tensor, "backward", set_zero_gradients),
     ):
-        constant.cache_clear()
+        CACHED_TENSORS.clear()
         try:
             with FakeCuda() as mode:
                 yield mode
         finally:
-            constant.cache_clear()
+            CACHED_TENSORS.clear()
 
 
 def forbid_waiting(engine: Engine, mode: FakeCuda, log_every: int = UNLIMITED) -> None:
