@@ -10,7 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from cifar_ignite.data import cifar10
+from cifar_ignite.data import cifar10_files
 from tests.helpers import REPOSITORY, only_run, snapshot
 from tests.helpers.runs import latest_checkpoint, set_options
 
@@ -167,15 +167,16 @@ def test_missing_truncated_and_malicious_data_files_are_refused(refused, tiny_fi
     assert "data_batch_2: refused" in refused("train", "--config", tiny_file)
     assert not marker.exists()
     path.unlink()
-    hint = f"data_batch_2: no such file; delete {path.parent} to download CIFAR-10 again"
-    assert hint in refused("train", "--config", tiny_file)
+    err = refused("train", "--config", tiny_file)
+    assert f"{path.parent}: no file data_batch_2" in err
+    assert "delete" not in err
 
 
 def test_failed_download_is_refused_with_alternatives(refused, tiny_file, cifar_root, monkeypatch):
     def fail(*_, **__):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(cifar10, "download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", fail)
     shutil.rmtree(cifar_root)
     err = refused("train", "--config", tiny_file)
     assert str(cifar_root) in err

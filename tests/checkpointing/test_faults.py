@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from ignite.engine import Events
+from tensorboardX.event_file_writer import EventsWriter
 
 from cifar_ignite import plots
 from cifar_ignite.checkpointing import io
@@ -44,7 +45,7 @@ def test_failing_logs_warn_once_each_and_training_continues(train, uninterrupted
     with monkeypatch.context() as patched:
         patched.setattr(loggers, "write_history", raise_disk_full)
         patched.setattr(plots, "plot_training_curves", raise_disk_full)
-        patched.setattr(loggers.EventsWriter, "write_event", raise_disk_full)
+        patched.setattr(EventsWriter, "write_event", raise_disk_full)
         patched.setattr(logging, "FileHandler", raise_disk_full)
         status, out, err = train(*STATEFUL)
     assert (status, err) == (0, "")
@@ -124,7 +125,7 @@ def test_deleted_run_directory_ends_run_with_one_line(train, tmp_path):
 
 def test_failed_save_of_last_best_model_is_repeated_by_resume(train, tmp_path, monkeypatch):
     """It ends the run with status 1, because no later epoch would save it."""
-    set_val_accs(monkeypatch, [0.1, 0.2])
+    attach = set_val_accs([0.1, 0.2])
     original = torch.save
 
     def save(checkpoint, file, *rest):
@@ -134,10 +135,10 @@ def test_failed_save_of_last_best_model_is_repeated_by_resume(train, tmp_path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(io.torch, "save", save)
-        status, _, err = train()
+        status, _, err = train(attach=attach)
     assert status == 1
     assert "cannot write a checkpoint" in err
-    assert train(*RESUME)[0] == 0
+    assert train(*RESUME, attach=attach)[0] == 0
     promoted = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")["record"]
     assert promoted.epoch == 2
 

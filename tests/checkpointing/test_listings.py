@@ -10,6 +10,7 @@ import pytest
 from ignite.engine import Engine
 
 from cifar_ignite import files
+from cifar_ignite.checkpointing.best_model import list_best_models
 from cifar_ignite.checkpointing.full_checkpoints import full_checkpoints, latest_run
 from cifar_ignite.checkpointing.resume import resolve_resume
 from cifar_ignite.checkpointing.savers import CheckpointSaver, FaultTolerantSaver
@@ -87,20 +88,19 @@ def test_check_listable_accepts_missing_directory_and_refuses_file(tmp_path):
 # --- Best models --------------------------------------------------------------------------------------------------
 
 
-def test_find_best_model_skips_foreign_entries(tmp_path):
+def test_list_best_models_skips_foreign_entries(tmp_path):
     demo = write(tmp_path / "best_models" / "demo_best.pth")
     add_foreign_entries(demo.parent, "demo_best.pth")
-    assert find_best_model(tmp_path, None) == demo
+    assert list_best_models(tmp_path) == [demo]
     with pytest.raises(InputError, match=r"available: demo$"):
-        find_best_model(tmp_path, "se")
+        find_best_model(tmp_path, "se", lambda record: True)
 
 
-def test_find_best_model_returns_named_one_although_it_cannot_be_read(tmp_path):
-    """Loading it reports why."""
-    link = tmp_path / "best_models" / "se_best.pth"
+def test_find_best_model_that_is_named_but_cannot_be_read_is_refused(tmp_path):
     write(tmp_path / "best_models" / "demo_best.pth")
-    link.symlink_to("gone")
-    assert find_best_model(tmp_path, "se") == link
+    (tmp_path / "best_models" / "se_best.pth").symlink_to("gone")
+    with pytest.raises(InputError, match=r"se_best\.pth: no such checkpoint"):
+        find_best_model(tmp_path, "se", lambda record: True)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------

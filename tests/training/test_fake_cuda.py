@@ -199,10 +199,10 @@ def scaler_reads_found_inf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def raise_if_norm_is_non_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    def clip(function: Any, parameters: Any, max_norm: float) -> Tensor:
-        return function(parameters, max_norm, error_if_nonfinite=True)
+    def total_norm(function: Any, tensors: Any) -> Tensor:
+        return function(tensors, error_if_nonfinite=True)
 
-    wrap(monkeypatch, torch.nn.utils, "clip_grad_norm_", clip)
+    wrap(monkeypatch, torch.nn.utils, "get_total_norm", total_norm)
 
 
 def momentum_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

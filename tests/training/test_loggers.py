@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from tensorboardX.event_file_writer import EventsWriter
 
 from cifar_ignite import plots
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.config import Config
 from cifar_ignite.training import loggers
-from cifar_ignite.training.loggers import TensorBoardLogger, WarnOnce, attach_loggers, attach_progress
+from cifar_ignite.training.loggers import TensorBoardLogger, attach_loggers, attach_progress
 from cifar_ignite.training.metrics import attach_metrics
 from tests.helpers import epoch_metrics, run_with_scores
 from tests.training.helpers import CPU, create_sgd, idle_engine
@@ -111,7 +112,7 @@ def test_loggers_plot_every_few_epochs_and_at_the_end(tmp_path, monkeypatch):
 def test_loggers_on_full_disk_warn_once_and_training_continues(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(loggers, "write_history", no_space)
     monkeypatch.setattr(plots, "plot_training_curves", no_space)
-    monkeypatch.setattr(loggers.EventsWriter, "write_event", no_space)
+    monkeypatch.setattr(EventsWriter, "write_event", no_space)
     epochs, _ = run_with_scores([0.1] * 4, lambda trainer, record: attach_loggers(trainer, record, tmp_path, 1))
     assert epochs == 4
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -173,11 +174,6 @@ def test_tensorboard_logger_replaces_events_of_interrupted_run(tmp_path):
     logger.write([epoch_metrics(1, 0.5), epoch_metrics(2, 0.5)])
     (events,) = directory.iterdir()
     assert events.read_bytes().count(b"val/acc") == 2
-
-
-def test_warn_once_lets_other_errors_through():
-    with pytest.raises(ZeroDivisionError):
-        WarnOnce()("nothing", lambda: 1 / 0)
 
 
 # --- The log of a run ---------------------------------------------------------------------------------------------
