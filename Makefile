@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train evaluate predict export compare doctor tensorboard models docs bench accuracy test lint format
+.PHONY: help install demo train evaluate predict export compare doctor tensorboard models docs bench accuracy test test-fast lint format
 
 # Only the command line sets these variables: shells and containers export such names for other programs.
 variables := MODEL RECIPE DATA DATA_DIR OUTPUT_DIR SET SEED EPOCHS RESUME NPROC CHECKPOINT TEST_FILE TTA IMAGES $\
@@ -51,7 +51,7 @@ torchrun = n='$(call escape,$(value NPROC))'; case "$$n" in 0*|*[!0-9]*) \
 launch = $(if $(value NPROC),$(torchrun),$(run))
 
 help: ## Print this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
 
 demo: $(environment) ## Install, train and evaluate on synthetic data, without a download, in a few minutes: EPOCHS= SEED=
 	$(run) -m cifar_ignite train --config configs/demo.json$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
@@ -100,6 +100,9 @@ accuracy: $(environment) ## Measure test accuracy over seeds, all training image
 test: $(environment) ## Run the tests
 	@$(run) -c 'import pytest' || { echo "the active environment lacks the developer tools: pip install -e '.[dev]'" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-fast: $(environment) ## Run the tests that take milliseconds, in less than a minute
+	OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 -m 'not slow'
 
 lint: $(environment) ## Check style and types (ruff, mypy)
 	$(run) -m ruff check .

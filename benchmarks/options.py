@@ -46,9 +46,12 @@ def first_line(docstring: str | None) -> str:
 
 @contextlib.contextmanager
 def exit_on_error(name: str) -> Iterator[None]:
-    """Print an InputError or a TrainingError as one line on stderr, "name: message", and exit with its status."""
+    """Print an error as one line on stderr, "name: message", and exit with its status; 2 if a file cannot be used."""
     try:
         yield
+    except OSError as error:
+        print(f"{name}: {error.filename or type(error).__name__}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except (InputError, TrainingError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)

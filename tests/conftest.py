@@ -1,6 +1,7 @@
 """A tiny CIFAR-10 in the official file format, and a run on it that takes about a second."""
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,44 @@ from cifar_ignite.cli import main
 from cifar_ignite.config_io import merge_trees, parse_config
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from tests.helpers import TINY, write_batch
+
+# Tests that fork need an autograd engine without threads. It starts one per GPU in the first backward pass of a
+# process, also for fake GPUs of fake tensors and torch.export: so the first pass is made here, without a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.ones((), requires_grad=True).backward()
+
+# Tests that start processes, train for seconds or compile; `make test-fast` leaves them out.
+SLOW = (
+    "benchmarks/",
+    "distributed/test_collectives.py",
+    "distributed/test_process_group.py",
+    "checkpointing/test_faults.py",
+    "checkpointing/test_resume.py",
+    "checkpointing/test_listings.py",
+    "evaluation/test_image_reading.py",
+    "training/test_determinism.py",
+    "training/test_fake_cuda.py",
+    "training/test_forward.py",
+    "training/test_operator_counts.py",
+    "augment/test_compile.py",
+    "test_cli.py",
+    "test_compare.py",
+    "test_config.py",
+    "test_environment.py",
+    "test_evaluate.py",
+    "test_export.py",
+    "test_makefile",
+    "test_paths.py",
+    "test_predict.py",
+    "test_train.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,10 @@ from tests.helpers import REPOSITORY
 
 
 def make(*arguments, **environment):
+    # `make test` would have this one print the names of directories, and pass on its own variables.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
-        ["make", *arguments], cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False
+        ["make", *arguments], cwd=REPOSITORY, env=outer | environment, capture_output=True, text=True, check=False
     )
 
 

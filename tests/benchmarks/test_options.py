@@ -26,6 +26,13 @@ def test_exit_on_error_prints_one_line_and_exits_with_its_status(capsys, error, 
     assert capsys.readouterr().err == f"name: {error}\n"
 
 
+def test_exit_on_error_names_file_that_cannot_be_used(capsys):
+    with pytest.raises(SystemExit) as raised, exit_on_error("name"):
+        raise NotADirectoryError(20, "Not a directory", "out/x")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "name: out/x: Not a directory\n"
+
+
 def test_write_json_appends_the_suffix_to_a_name_with_dots(tmp_path):
     out = create_out(tmp_path / "new" / "lr0.5", "unused")
     assert write_json(out, {"a": 1}) == tmp_path / "new" / "lr0.5.json"

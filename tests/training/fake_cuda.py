@@ -153,8 +153,6 @@ def set_zero_gradients(loss: Tensor) -> None:
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
     """Let torch find a GPU inside the block, with fake tensors on it."""
-    # The first backward pass of a process starts one thread per GPU, after which it cannot fork; fake GPUs count too.
-    torch.ones((), requires_grad=True).backward()
     with (
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
