@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 from typing_extensions import TypedDict, Unpack
 
 from cifar_ignite.config import ModelConfig
@@ -41,13 +42,16 @@ def test_hybrid_resnet_accepts_every_option_of_configuration():
     config = ModelConfig(
         name="hybrid_resnet", width=4, dropout=0.1, zero_init_residual=True, se_reduction=2, drop_path_rate=0.1
     )
-    create_model(num_classes=10, **config.model_dump())
+    model = create_model(num_classes=10, **config.model_dump())
+    assert model.stem[0].out_channels == 4
+    assert max(module.p for module in model.modules() if isinstance(module, StochasticDepth)) == 0.1
 
 
 def test_create_model_with_null_options_uses_defaults_of_builder():
     options = {name: None for name in ModelConfig.model_fields if name != "name"}
     for name in MODELS:
-        create_model(name, num_classes=10, **options)
+        model, default = create_model(name, num_classes=10, **options), MODELS[name](num_classes=10)
+        assert str(model) == str(default)
 
 
 def test_register_model_refuses_taken_name():
