@@ -89,22 +89,31 @@ def _evaluate_forward(trained: TrainedModel, forward: Forward, dataset: ImageDat
 
 
 def write_evaluation(evaluation: Evaluation) -> Path:
-    """Write all files of an evaluation into a new directory and return it.
+    """Write all files of an evaluation into a new directory, or none if one fails, and return the directory.
 
     Raises:
         InputError: If a file cannot be written.
     """
-    result, trained = evaluation.result, evaluation.trained
+    trained = evaluation.trained
     with translate_write_errors(trained.config.output_dir):
         directory = create_unique_dir(evaluations_dir(trained), _directory_name(trained))
-        write_predictions(result, directory / "predictions.csv")
-        if evaluation.tta_result:
-            write_predictions(evaluation.tta_result, directory / f"predictions_tta_{evaluation.tta}.csv")
-        result.predictions.to_csv(directory / "details.csv", index=False, float_format="%.6f")
-        (directory / "metrics.json").write_text(json.dumps(evaluation.summary, indent=2) + "\n")
-        link_checkpoint(trained.path, directory / "model.pth")
-        write_report(evaluation, directory)
+        try:
+            _write_files(evaluation, directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
     return directory
+
+
+def _write_files(evaluation: Evaluation, directory: Path) -> None:
+    result = evaluation.result
+    write_predictions(result, directory / "predictions.csv")
+    if evaluation.tta_result:
+        write_predictions(evaluation.tta_result, directory / f"predictions_tta_{evaluation.tta}.csv")
+    result.predictions.to_csv(directory / "details.csv", index=False, float_format="%.6f")
+    (directory / "metrics.json").write_text(json.dumps(evaluation.summary, indent=2) + "\n")
+    link_checkpoint(evaluation.trained.path, directory / "model.pth")
+    write_report(evaluation, directory)
 
 
 def evaluations_dir(trained: TrainedModel) -> Path:

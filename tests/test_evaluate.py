@@ -278,3 +278,16 @@ def test_evaluate_to_unwritable_output_dir_prints_one_line(command, tiny_file, t
     assert status == 2
     assert err.startswith("cifar_ignite: output_dir: cannot write to ")
     assert err.count("\n") == 1
+
+
+def test_evaluate_that_fails_leaves_no_directory(command, tiny_file, tmp_path, monkeypatch):
+    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "plot_confusion_matrix", fail)
+    status, _, err = command("evaluate")
+    assert status in (1, 2)
+    assert "No space left on device" in err
+    assert list((tmp_path / "outputs" / "evaluations").iterdir()) == []
