@@ -13,7 +13,7 @@ import torch
 from cifar_ignite.cli import main
 from cifar_ignite.config_io import merge_trees, parse_config
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
-from tests.helpers import TINY, write_batch
+from tests.helpers import TINY, snapshot, write_batch
 
 # Tests that fork need an autograd engine without threads. It starts one per GPU in the first backward pass of a
 # process, also for fake GPUs of fake tensors and torch.export: so the first pass is made here, without a GPU.
@@ -102,5 +102,22 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         except SystemExit as exit_:
             status = int(exit_.code or 0)
         return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """A function that runs a command which must be refused and returns its line on stderr."""
+
+    def run(*words: object) -> str:
+        before = snapshot(tmp_path)
+        status, _, err = command(*words)
+        assert status == 2, err
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        assert err.startswith("cifar_ignite: ")
+        assert snapshot(tmp_path) == before
+        return err
 
     return run

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cifar_ignite.data import cifar10_files
-from tests.helpers import REPOSITORY, only_run, snapshot
+from tests.helpers import REPOSITORY, only_run
 from tests.helpers.runs import latest_checkpoint, set_options
 
 
@@ -23,23 +23,6 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch {self.marker}",)
-
-
-@pytest.fixture
-def refused(command, tmp_path):
-    """A function that runs a command which must be refused and returns its line on stderr."""
-
-    def run(*words):
-        before = snapshot(tmp_path)
-        status, _, err = command(*words)
-        assert status == 2, err
-        assert err.count("\n") == 1
-        assert "Traceback" not in err
-        assert err.startswith("cifar_ignite: ")
-        assert snapshot(tmp_path) == before
-        return err
-
-    return run
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ def test_remove_stale_temp_files_deletes_old_ones_only(tmp_path):
 
 def test_remove_stale_temp_files_accepts_missing_directory(tmp_path):
     files.remove_stale_temp_files(tmp_path / "missing")
+    assert names_in(tmp_path) == []
 
 
 def test_fsync_flushes_file_and_directory(tmp_path, monkeypatch):

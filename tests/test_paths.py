@@ -13,26 +13,9 @@ from cifar_ignite.evaluation import report
 from cifar_ignite.evaluation.trained_model import load_trained_model
 from cifar_ignite.export import export_program, save_pt2
 from cifar_ignite.files import translate_write_errors
-from tests.helpers import snapshot
 from tests.test_environment import run_python
 
 LONG = 300 * "a"
-
-
-@pytest.fixture
-def refused(command, tmp_path):
-    """A function that runs a command which must be refused and returns its line on stderr."""
-
-    def run(*words):
-        before = snapshot(tmp_path)
-        status, _, err = command(*words)
-        assert status == 2, err
-        assert err.count("\n") == 1
-        assert err.startswith("cifar_ignite: ")
-        assert snapshot(tmp_path) == before
-        return err
-
-    return run
 
 
 @pytest.fixture
