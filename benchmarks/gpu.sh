@@ -9,18 +9,21 @@
 # time is cut or left out.
 #
 # Variables: PYTHON (python3); LIMIT, seconds in total (570); RUNS and MORE_RUNS, "recipe:seeds" before and after the
-# throughputs; CASES, "batch:compile" of the throughputs; BENCH, seconds per case (30); KILLS, interrupted runs (1);
-# RATE, images per second that the estimate assumes (20000); IMAGES (50000); ITERATIONS per round (20); EPOCHS (the
-# recipe's own); SET, one more override; UNPACK, a command that writes cifar-10-batches-py to the directory appended to
-# it (DATA is then that directory).
+# throughputs (RUNS with one more run each, for the time to an accuracy); CASES, "batch:compile" of the throughputs;
+# BENCH, seconds per case (15); KILLS, interrupted runs (1); RATE, images per second that the estimate assumes (20000);
+# IMAGES (50000); ITERATIONS per round (20); EPOCHS (the recipe's own); SET, more overrides, separated by spaces; UNPACK,
+# a command that writes cifar-10-batches-py to the directory appended to it (DATA is then that directory).
+# With two calls: RUNS=se_fast:5 CASES= MORE_RUNS= first, then RUNS= CASES="128:off 128:on 512:off 512:on" BENCH=30.
 # A failing step is reported and the next one starts, but nothing runs without a working installation. The exit status
 # is 1 if any step failed.
 set -uo pipefail
 out=$(mkdir -p "${1:?OUT DATA}" && cd "$1" && pwd) || exit 2
 data=$(realpath -m "${2:?OUT DATA}")
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-30} kills=${KILLS:-1} failed=0 mode=plan planned=0
-runs=${RUNS-se_fast:3} more_runs=${MORE_RUNS-stochastic_fast:2} cases=${CASES-128:off 128:on 512:off 512:on}
+python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-15} kills=${KILLS:-1} failed=0 mode=plan planned=0
+runs=${RUNS-se_fast:2} more_runs=${MORE_RUNS-stochastic_fast:1} cases=${CASES-128:off 128:on}
+overrides=()
+for item in ${SET:-}; do overrides+=(--set "$item"); done
 
 # NAME SECONDS COMMAND...: print the estimate, or run the command for at most CAP seconds, with its output in OUT/NAME.log
 run_step() {
@@ -42,14 +45,15 @@ run_step() {
 	return "$status"
 }
 
-measure_accuracy() { # RECIPE:SEEDS: the seeds, and one run with validation
+measure_accuracy() { # RECIPE:SEEDS [--no-curve]: the seeds, and one run with validation
 	local recipe=${1%:*} seeds=${1#*:} epochs
-	epochs=${EPOCHS:-$("$python" -c "from cifar_ignite import load_config as load
-print(load('configs/$recipe.json').train.epochs)")}
-	run_step "accuracy_$recipe" "$(((seeds + 1) * (epochs * 50000 / ${RATE:-20000} + 10)))" \
-		"$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" \
+	epochs=${EPOCHS:-$("$python" -c "from pathlib import Path
+from cifar_ignite.config_io import load_config
+print(load_config(Path('configs/$recipe.json')).train.epochs)")} || { failed=1; return; }
+	run_step "accuracy_$recipe" "$(((seeds + 2 - $#) * (epochs * 50000 / ${RATE:-20000} + 10)))" \
+		"$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" "${@:2}" \
 		--out "$out/accuracy_$recipe" ${EPOCHS:+--set "train.epochs=$EPOCHS"} --set "data.root=$data" \
-		--set "output_dir=$out/.runs" ${SET:+--set "$SET"}
+		--set "output_dir=$out/.runs" "${overrides[@]}"
 }
 
 measure_throughput() { # BATCH:COMPILE; other batch sizes and dataset sizes are measured once
@@ -59,7 +63,7 @@ measure_throughput() { # BATCH:COMPILE; other batch sizes and dataset sizes are 
 	run_step "throughput_${batch}_${compile}" "$seconds" "$python" -m benchmarks.throughput \
 		--images "${IMAGES:-50000}" --iterations "${ITERATIONS:-20}" --seconds "$bench" --profile \
 		--out "$out/throughput_${batch}_${compile}" --set "data.batch_size=$batch" --set "compile=$compile" \
-		"${sizes[@]}" ${SET:+--set "$SET"}
+		"${sizes[@]}" "${overrides[@]}"
 }
 
 run_all() {
@@ -68,10 +72,10 @@ run_all() {
 	((kills == 0)) || CAP=120 run_step faults "$((15 + 45 * kills))" \
 		"$python" -m benchmarks.faults --runs "$kills" --jobs 1 --config configs/se_fast.json \
 		--set data.dataset=synthetic --set data.synthetic.train_size=5000 --set data.val_size=500 \
-		--set train.epochs=3 --set train.save_every_seconds=1 ${SET:+--set "$SET"}
+		--set train.epochs=3 --set train.save_every_seconds=1 "${overrides[@]}"
 	for item in $runs; do measure_accuracy "$item"; done
 	for item in $cases; do measure_throughput "$item"; done
-	for item in $more_runs; do measure_accuracy "$item"; done
+	for item in $more_runs; do measure_accuracy "$item" --no-curve; done
 	return 0
 }
 

@@ -54,13 +54,24 @@ def test_summary_without_results_fails_with_one_line(tmp_path):
     assert done.stderr == f"summary: {tmp_path}: no results of benchmarks\n"
 
 
-def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_path):
-    options = {"PYTHON": sys.executable, "LIMIT": "0", "EPOCHS": "30", "RUNS": "se_fast:2", "CASES": "128:on"}
+def plan_of_gpu_script(tmp_path, **options) -> tuple[list[list[str]], subprocess.CompletedProcess]:
+    """Run gpu.sh without time for any step: the columns of its estimate, and the process."""
     command = ["bash", REPOSITORY / "benchmarks" / "gpu.sh", tmp_path / "out", tmp_path]
-    done = subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
-    estimate, rest = done.stdout.split("== doctor", 1)
+    environment = os.environ | {"PYTHON": sys.executable, "LIMIT": "0"} | options
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return [line.split() for line in done.stdout.split("== doctor", 1)[0].splitlines()[1:]], done
+
+
+def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_path):
+    plan, done = plan_of_gpu_script(tmp_path, EPOCHS="30", RUNS="se_fast:2", CASES="128:on", BENCH="30")
     steps = ["doctor", "faults", "accuracy_se_fast", "throughput_128_on", "accuracy_stochastic_fast"]
-    assert [line.split()[0] for line in estimate.splitlines()[1:]] == steps
-    assert "accuracy_se_fast             255 s    330 s in total" in estimate
-    assert rest.count("no time left") == len(steps)
+    assert [columns[0] for columns in plan] == steps
+    assert plan[2][1:5] == ["255", "s", "330", "s"]
+    assert done.stdout.count("no time left") == len(steps)
     assert done.returncode == 1
+
+
+def test_gpu_script_default_plan_reads_epochs_and_fits_ten_minutes(tmp_path):
+    plan, _ = plan_of_gpu_script(tmp_path)
+    assert plan[2][:2] == ["accuracy_se_fast", str(3 * (30 * 50_000 // 20_000 + 10))]
+    assert int(plan[-1][3]) <= 570
