@@ -26,7 +26,7 @@ from cifar_ignite.config_io import load_config
 from cifar_ignite.errors import InputError
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train
-from cifar_ignite.training.device import dtype_name, resolve_amp_dtype, select_device
+from cifar_ignite.training.device import precision_name, select_device
 
 TTA = "flip"
 MILESTONES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96)
@@ -75,7 +75,7 @@ def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path) -> dict
         TrainingError: If a run fails.
     """
     device = select_device(recipe.device)
-    precision = dtype_name(resolve_amp_dtype(recipe.precision, device))
+    precision = precision_name(recipe.precision, device)
     seeds: list[dict[str, float]] = []
     result: dict[str, Any] = {
         "title": f"{recipe.experiment}, {recipe.train.epochs} epochs, {precision}, {device_name(device)}",

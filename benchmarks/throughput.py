@@ -42,7 +42,7 @@ from cifar_ignite.config_io import load_config
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.loaders import TrainLoader
 from cifar_ignite.errors import InputError
-from cifar_ignite.training.device import dtype_name, select_device
+from cifar_ignite.training.device import precision_name, select_device
 
 PROJECT = "(a) this project"
 BARE_STEP = "(b) bare step (upper bound)"
@@ -197,7 +197,7 @@ def measure_pipeline_epochs(config: Config, sizes: list[int]) -> dict[str, float
 def create_title(setup: Setup) -> str:
     """Return one line with model, batch size, precision and device."""
     config, compiled = setup.config, "compiled" if setup.is_compiled else "eager"
-    precision = dtype_name(setup.amp_dtype)
+    precision = precision_name(config.precision, setup.device)
     return f"{config.model.name}, batch {config.data.batch_size}, {precision}, {compiled}, {device_name(setup.device)}"
 
 

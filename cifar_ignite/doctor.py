@@ -142,10 +142,10 @@ def check_device() -> CheckResult:
     try:
         import torch
 
-        from cifar_ignite.training.device import dtype_name, resolve_amp_dtype, select_device
+        from cifar_ignite.training.device import precision_name, select_device
 
         device = select_device("auto")
-        precision = dtype_name(resolve_amp_dtype("auto", device))
+        precision = precision_name("auto", device)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             memory = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"

@@ -35,9 +35,8 @@ from cifar_ignite.files import (
     translate_write_errors,
 )
 from cifar_ignite.training.device import (
-    dtype_name,
     enable_deterministic_algorithms,
-    resolve_amp_dtype,
+    precision_name,
     select_device,
     set_float32_precision,
 )
@@ -201,7 +200,7 @@ def log_start(
     logger.info(
         "device      %s, %s, world size %d",
         device,
-        dtype_name(resolve_amp_dtype(config.precision, device)),
+        precision_name(config.precision, device),
         idist.get_world_size(),
     )
     logger.info("data        %d training images, %d validation images", *(len(split) for split in splits))

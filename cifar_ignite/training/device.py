@@ -64,6 +64,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def precision_name(precision: str, device: torch.device) -> str:
+    """Return the name of what `precision` stands for on a device: "tf32", or that of a dtype."""
+    return "tf32" if precision == "tf32" else dtype_name(resolve_amp_dtype(precision, device))
+
+
 def device_check_interval(device: torch.device, log_every: int) -> int:
     """Return the iterations between reads of a tensor on the device.
 

@@ -8,6 +8,7 @@ from cifar_ignite.training.device import (
     device_check_interval,
     dtype_name,
     enable_deterministic_algorithms,
+    precision_name,
     resolve_amp_dtype,
     select_device,
     set_float32_precision,
@@ -92,6 +93,11 @@ def test_resolve_amp_dtype_auto_follows_gpu(monkeypatch, has_bf16, capability, e
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_amp_dtype("auto", CUDA) == expected
+
+
+def test_precision_name_distinguishes_tf32_from_float32():
+    names = {precision: precision_name(precision, CPU) for precision in ("fp32", "tf32", "bf16")}
+    assert names == {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}
 
 
 def test_set_float32_precision_allows_tf32_only_if_requested():
