@@ -50,7 +50,9 @@ def _diff_checkpoints(run_dir: Path, other: Path, pattern: str) -> list[str]:
     """Compare the latest checkpoints of two runs whose names match a pattern."""
     file, other_file = (latest_file((run / "checkpoints").glob(pattern)) for run in (run_dir, other))
     if file is None or other_file is None:
-        return [] if file is other_file else [f"{pattern}: {file} != {other_file}"]
+        # A run without validation has no best model; without a full checkpoint, nothing would be compared.
+        is_equal = file is other_file and pattern == "best_*.pth"
+        return [] if is_equal else [f"{pattern}: {file} != {other_file}"]
     diffs = [] if file.name == other_file.name else [f"{file.name} != {other_file.name}"]
     return diffs + diff_trees(_load_without_times(file), _load_without_times(other_file), pattern)
 

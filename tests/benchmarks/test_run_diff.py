@@ -35,3 +35,25 @@ def test_diff_runs_finds_a_changed_setting(command, tiny_file, tmp_path):
     diffs = diff_runs(run_dir, only_run(tmp_path / "other"))
     assert any(diff.startswith("latest_*.pt/model/") for diff in diffs)
     assert "metrics.csv" in diffs
+
+
+def test_diff_runs_finds_a_changed_seed_and_decay_of_the_ema(command, tiny_file, tmp_path):
+    changes = {"run": [], "seed": ["--set", "seed=1"], "decay": ["--set", "train.ema_decay=0.1"]}
+    for name, overrides in changes.items():
+        arguments = ["--set", f"output_dir={tmp_path / name / 'outputs'}", "--set", "train.ema_decay=0.9", *overrides]
+        assert command("train", "--config", tiny_file, *arguments)[0] == 0
+    run_dir = only_run(tmp_path / "run")
+    parts = {diff.split("/")[1] for diff in diff_runs(run_dir, only_run(tmp_path / "seed")) if "/" in diff}
+    assert {"model", "ema", "optimizer"} <= parts
+    diffs = diff_runs(run_dir, only_run(tmp_path / "decay"))
+    assert not any(diff.startswith("latest_*.pt/model/") for diff in diffs)
+    assert any(diff.startswith("latest_*.pt/ema/") for diff in diffs)
+    assert any(diff.startswith("best_*.pth/model/") for diff in diffs)
+
+
+def test_diff_runs_of_runs_without_full_checkpoint_is_not_empty(command, tiny_file, tmp_path):
+    assert command("train", "--config", tiny_file)[0] == 0
+    run_dir = only_run(tmp_path)
+    for path in (run_dir / "checkpoints").glob("latest_*.pt"):
+        path.unlink()
+    assert diff_runs(run_dir, run_dir) == ["latest_*.pt: None != None"]

@@ -190,7 +190,9 @@ def test_resume_of_early_stopped_run_changes_nothing(train, tmp_path):
     assert train(*words)[0] == 0
     epochs = len(pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv"))
     assert epochs < 50
+    before = snapshot(tmp_path)
     assert f"already complete after epoch {epochs}" in train(*words, *RESUME)[1]
+    assert snapshot(tmp_path) == before
 
 
 def test_resume_with_more_epochs_follows_longer_schedule(train, tmp_path):
@@ -313,12 +315,14 @@ def test_resume_with_another_dataset_is_refused(train, interrupt, tmp_path, cifa
     assert snapshot(tmp_path / "outputs") == before
 
 
-def test_resume_with_another_model_is_refused(train):
-    """Also with --allow-changes."""
+def test_resume_with_another_model_is_refused(train, tmp_path):
+    """Also with --allow-changes; nothing changes, config.json included."""
     train()
+    before = snapshot(tmp_path)
     changes = set_options({"train.epochs": 9, "model.width": 3})
     status, _, err = train(*RESUME, "--allow-changes", *changes)
-    assert status == 2
+    assert (status, err.count("\n")) == (2, 1)
+    assert snapshot(tmp_path) == before
     assert "head.3.weight has shape (10, 16), the model's is (10, 24)" in err
 
 

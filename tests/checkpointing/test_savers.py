@@ -161,6 +161,8 @@ def test_failed_save_keeps_previous_files_and_is_logged(tmp_path, monkeypatch, c
     fail_saves(monkeypatch, lambda: trainer.state.epoch == 3)
     trainer.run([0], max_epochs=3)
     assert names_in(tmp_path) == ["latest_000000001.pt", "latest_000000002.pt"]
+    trainer.run([0], max_epochs=4)
+    assert names_in(tmp_path) == ["latest_000000002.pt", "latest_000000004.pt"]
     (message,) = (record.getMessage() for record in caplog.records)
     for expected in ("cannot write a checkpoint", str(tmp_path), "No space left", "GB free"):
         assert expected in message

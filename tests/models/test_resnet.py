@@ -60,6 +60,12 @@ def test_options_have_documented_defaults_and_effects():
     assert changed.stages[7].residual[6].p == 0.4
 
 
+@pytest.mark.parametrize("name", ["se_resnet", "stochastic_resnet"])
+def test_dropout_has_documented_default_and_effect(name):
+    assert create_model(name, num_classes=10).head[2].p == 0.3
+    assert create_model(name, num_classes=10, dropout=0.1).head[2].p == 0.1
+
+
 def test_drop_probs_rise_linearly_to_drop_path_rate():
     model = create_model("stochastic_resnet", num_classes=10, drop_path_rate=0.2)
     drop_probs = [module.p for module in model.modules() if isinstance(module, StochasticDepth)]

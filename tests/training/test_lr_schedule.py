@@ -12,13 +12,13 @@ from tests.training.helpers import create_sgd
 
 
 def record_lrs(schedule, peak, iterations, start=0):
-    """Return the learning rate with which each iteration, from `start` on, updates the weights."""
+    """Return the learning rate with which each iteration, from `start` on, updates the weights, over two epochs."""
     optimizer, lrs = create_sgd(lr=peak), []
     trainer = Engine(lambda engine, batch: lrs.append(optimizer.param_groups[0]["lr"]))
     handler = attach_lr_schedule(trainer, optimizer, schedule, iterations)
     set_lr_iteration(handler, start)
-    trainer.run(range(iterations - start), max_epochs=1)
-    return lrs
+    trainer.run(range((iterations - start + 1) // 2), max_epochs=2)
+    return lrs[: iterations - start]
 
 
 def record_torch_lrs(optimizer, scheduler, iterations):
