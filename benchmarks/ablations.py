@@ -21,12 +21,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks.environment import current_commit
 from benchmarks.options import create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
 from cifar_ignite.errors import NonFiniteError
 from cifar_ignite.train import train
+from cifar_ignite.training.device import select_device
+from cifar_ignite.training.environment import describe_environment
 
 UNCHANGED = "none"
 CHANCE_ACCURACY = 0.1
@@ -80,7 +81,14 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, list[float]]:
     """
     configs = load_configs(options)
     accuracies: dict[str, list[float]] = {change: [] for _, change in configs}
-    result = {"commit": current_commit(), "overrides": options.overrides, "validation_accuracy": accuracies}
+    unchanged = next(iter(configs.values()))
+    result = {
+        "environment": describe_environment(select_device(unchanged.device), unchanged.precision),
+        "jobs": options.jobs,
+        "config": unchanged.model_dump(mode="json"),
+        "overrides": options.overrides,
+        "validation_accuracy": accuracies,
+    }
     for (seed, change), accuracy in zip(configs, run_all(list(configs.values()), options.jobs), strict=True):
         accuracies[change].append(accuracy)
         print(f"seed {seed}: {100 * accuracy:.2f}%  {change}", flush=True)

@@ -19,7 +19,6 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.environment import describe_versions, device_name
 from benchmarks.options import create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
@@ -27,6 +26,7 @@ from cifar_ignite.errors import InputError
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train
 from cifar_ignite.training.device import precision_name, select_device
+from cifar_ignite.training.environment import describe_environment, device_name, format_commit
 
 TTA = "flip"
 MILESTONES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96)
@@ -79,7 +79,7 @@ def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path) -> dict
     seeds: list[dict[str, float]] = []
     result: dict[str, Any] = {
         "title": f"{recipe.experiment}, {recipe.train.epochs} epochs, {precision}, {device_name(device)}",
-        **describe_versions(),
+        "environment": describe_environment(device, recipe.precision),
         "config": recipe.model_dump(mode="json"),
         "seeds": seeds,
     }
@@ -136,7 +136,9 @@ def format_result(result: dict[str, Any], val_size: int) -> str:
         "| recipe | commit | seeds | test | with flip | training + compilation | images/s |",
         7 * "|---" + "|",
     ]
-    lines.append(markdown_row(result["title"], result["commit"], result["summary"], len(result["seeds"])))
+    lines.append(
+        markdown_row(result["title"], format_commit(result["environment"]), result["summary"], len(result["seeds"]))
+    )
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """Interleaved measurement: workloads alternate in one process, so that a disturbance of the machine affects all."""
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -51,6 +53,11 @@ def measure_rates(
         on_round(rates)
         rounds += 1
     return rates
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def rate_table(rates: Mapping[str, list[float]]) -> pd.DataFrame:

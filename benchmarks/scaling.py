@@ -34,6 +34,7 @@ from cifar_ignite.distributed.collectives import all_reduce_max
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import DistributedContext, distributed_context
 from cifar_ignite.training.device import select_device
+from cifar_ignite.training.environment import describe_environment
 
 ITERATIONS = 3
 REPEATS = 20
@@ -161,7 +162,12 @@ def main() -> int:
             return 0
         table = measure_all(options)
     print(table.to_string(float_format="{:.1f}".format, na_rep="-"))
-    path = write_json(create_out(options.out, "scaling"), json.loads(table.to_json(orient="index")))
+    result = {
+        "environment": describe_environment(select_device(config.device), config.precision),
+        "config": config.model_dump(mode="json"),
+        "rows": json.loads(table.to_json(orient="index")),
+    }
+    path = write_json(create_out(options.out, "scaling"), result)
     print(f"\nwritten: {path}")
     return 0
 

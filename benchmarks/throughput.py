@@ -23,8 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.baseline import baseline_pipeline_workload, baseline_workload, kornia_workload
-from benchmarks.environment import describe_versions, device_name, peak_memory
-from benchmarks.measuring import Workload, measure_rates, profile, rate_table, synchronize
+from benchmarks.measuring import Workload, measure_rates, peak_memory, profile, rate_table, synchronize
 from benchmarks.options import create_out, create_parser, exit_on_error, first_line, write_json
 from benchmarks.workloads import (
     Setup,
@@ -43,6 +42,7 @@ from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.loaders import TrainLoader
 from cifar_ignite.errors import InputError
 from cifar_ignite.training.device import precision_name, select_device
+from cifar_ignite.training.environment import describe_environment, device_name
 
 PROJECT = "(a) this project"
 BARE_STEP = "(b) bare step (upper bound)"
@@ -219,7 +219,7 @@ def results_dict(config: Config, results: Results) -> dict[str, Any]:
     """Return the content of FILE.json."""
     return {
         "title": results.title,
-        **describe_versions(),
+        "environment": describe_environment(select_device(config.device), config.precision),
         "config": config.model_dump(mode="json"),
         "peak_memory_bytes": results.memory,
         "images_per_second": results.rates.to_dict("records"),

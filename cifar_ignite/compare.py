@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from cifar_ignite.config import Config
-from cifar_ignite.config_io import load_config, parse_config
+from cifar_ignite.config_io import flatten_dict, load_config, parse_config
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import atomic_write, check_listable, list_files, translate_write_errors
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def compare(overrides: Sequence[str] = ()) -> Path:
-    """Log a table of all runs, in order of their names, and write it as comparison.csv and comparison.png.
+    """Log all runs, in order of their names, and in what they differ; write comparison.csv and comparison.png.
 
     Args:
         overrides: Strings `section.key=value`; `output_dir` is used.
@@ -29,7 +29,8 @@ def compare(overrides: Sequence[str] = ()) -> Path:
     Returns:
         comparison.csv in the output directory, with the columns run, experiment, model, parameters, epochs (completed),
         planned, best_val_acc, test_acc and test_acc_tta (in [0, 1], of the latest evaluation; empty if there is none),
-        and images_per_second (median over the epochs).
+        and images_per_second (median over the epochs). Next to it, comparison_differences.csv has one row for each key
+        of the configuration and of the environment that differs between the runs, and one column per run.
 
     Raises:
         InputError: If there is no run, the runs cannot be listed, or a file cannot be written.
@@ -38,13 +39,18 @@ def compare(overrides: Sequence[str] = ()) -> Path:
     table, histories = load_runs(output_dir)
     if table.empty:
         raise InputError(f"{output_dir / 'training_runs'}: no runs to compare; train one first: make train MODEL=se")
+    differences = diff_settings({run: load_settings(output_dir / "training_runs" / run) for run in table["run"]})
     logger.info("%s\n", format_comparison(table).to_string(index=False))
+    log_differences(differences)
     with translate_write_errors(output_dir):
         with atomic_write(output_dir / "comparison.csv") as temp_path:
             table.to_csv(temp_path, index=False)
+        with atomic_write(output_dir / "comparison_differences.csv") as temp_path:
+            differences.to_csv(temp_path, index_label="key")
         with atomic_write(output_dir / "comparison.png") as temp_path:
             plot_comparison(table, histories, temp_path)
-    logger.info("comparison  %s, %s", output_dir / "comparison.csv", output_dir / "comparison.png")
+    names = ("comparison.csv", "comparison.png", "comparison_differences.csv")
+    logger.info("comparison  %s", ", ".join(str(output_dir / name) for name in names))
     return output_dir / "comparison.csv"
 
 
@@ -148,3 +154,46 @@ def format_comparison(table: pd.DataFrame) -> pd.DataFrame:
         formatted[heading] = ["–" if pd.isna(value) else f"{value:.2%}" for value in table[name]]
     formatted["images/s"] = table["images_per_second"].map("{:,.0f}".format)
     return formatted
+
+
+# --- What differs -------------------------------------------------------------------------------------------------
+
+
+def load_settings(run_dir: Path) -> dict[str, str]:
+    """Return configuration and environment of a run as text, by "section.key" and "environment.key".
+
+    Where a run has continued in another environment, the values are joined by " → ".
+    """
+    tree = load_config(run_dir / "config.json").model_dump(mode="json")
+    settings = {key: json.dumps(value) for key, value in flatten_dict(tree).items()}
+    environments = load_environments(run_dir)
+    for key in dict.fromkeys(key for environment in environments for key in environment if key != "from_iteration"):
+        values = dict.fromkeys(str(environment.get(key)) for environment in environments)
+        settings[f"environment.{key}"] = " → ".join(values)
+    return settings
+
+
+def load_environments(run_dir: Path) -> list[dict[str, Any]]:
+    """Return environment.json of a run; empty, with a warning if it is damaged, for a run without it."""
+    path = run_dir / "environment.json"
+    try:
+        return [dict(environment) for environment in json.loads(path.read_text())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError):
+        logger.warning("%s: not the environments of a run", path)
+        return []
+
+
+def diff_settings(settings: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
+    """Return the keys (rows) whose values are not the same in all runs (columns), "–" for missing values."""
+    table = pd.DataFrame(settings).fillna("–")
+    return table[table.nunique(axis=1) > 1]
+
+
+def log_differences(differences: pd.DataFrame) -> None:
+    """Log the table of `diff_settings`, without the commands, which are long and follow from the other rows."""
+    if len(differences.columns) > 1:
+        shown = differences.drop(index="environment.command", errors="ignore")
+        text = shown.to_string() if len(shown) else "none in configuration and environment"
+        logger.info("differences between the runs\n%s\n", text)

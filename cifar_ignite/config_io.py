@@ -176,6 +176,13 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
+def diff_from_defaults(tree: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys of a configuration tree whose value is not the default, with the default and the value."""
+    defaults = flatten_dict(Config().model_dump(mode="json"))
+    values = flatten_dict(tree)
+    return {key: (defaults.get(key), value) for key, value in values.items() if value != defaults.get(key)}
+
+
 def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"data.root": 1} for {"data": {"root": 1}}."""
     flat: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from cifar_ignite.evaluation.metrics import EvaluationResult, compute_metrics, f
 from cifar_ignite.evaluation.report import Evaluation, write_report
 from cifar_ignite.evaluation.trained_model import TrainedModel, check_fits, load_trained_model
 from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors
+from cifar_ignite.training.environment import describe_environment
 from cifar_ignite.training.forward import Forward
 
 NUM_SAMPLES = 10
@@ -77,7 +78,8 @@ def evaluate_model(trained: TrainedModel, dataset: ImageDataset, dataset_name: s
     forward = create_inference_forward(trained)
     result = _evaluate_forward(trained, forward, dataset)
     tta_result = _evaluate_forward(trained, create_tta_forward(forward, tta), dataset) if tta else None
-    return Evaluation(trained, dataset, dataset_name, result, tta, tta_result)
+    environment = describe_environment(trained.device, trained.config.precision)
+    return Evaluation(trained, dataset, dataset_name, environment, result, tta, tta_result)
 
 
 def _evaluate_forward(trained: TrainedModel, forward: Forward, dataset: ImageDataset) -> EvaluationResult:

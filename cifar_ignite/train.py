@@ -40,6 +40,7 @@ from cifar_ignite.training.device import (
     select_device,
     set_float32_precision,
 )
+from cifar_ignite.training.environment import describe_environment, format_environment
 from cifar_ignite.training.loggers import log_config, log_file, log_summary
 from cifar_ignite.training.signals import catch_signals
 from cifar_ignite.training.state import TrainingState, attach_handlers, create_initial_model, run_training
@@ -125,6 +126,7 @@ def _train(
             checkpoints = attach_handlers(state, run_dir / "logs", flag, context.cpu_group)
             if resume:
                 state.restore(resume)
+            record_environment(state, run_dir)
             if attach:
                 attach(state)
             started = time.monotonic()
@@ -169,6 +171,20 @@ def _create_or_clean(config: Config, run_dir: Path | None) -> Path:
         with atomic_write(run_dir / "config.json") as temp_path:
             temp_path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     return run_dir
+
+
+def record_environment(state: TrainingState, run_dir: Path) -> None:
+    """Add this environment to the record; log it, and write all environments of the run to environment.json on rank 0.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    environment = describe_environment(state.device, state.config.precision)
+    state.record.add_environment(environment, state.trainer.state.iteration)
+    logger.info("environment %s", format_environment(environment))
+    if idist.get_rank() == 0:
+        with translate_write_errors(run_dir), atomic_write(run_dir / "environment.json") as temp_path:
+            temp_path.write_text(json.dumps(state.record.environments, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ SLOW = (
     "test_makefile",
     "test_paths.py",
     "test_predict.py",
+    "test_traceability.py",
     "test_train.py",
 )
 

@@ -44,7 +44,7 @@ def test_evaluate_writes_predictions_and_metrics_of_best_model(command, tiny_fil
     metrics = json.loads((evaluation_dir / "metrics.json").read_text())
     assert metrics.keys() == {
         "run", "epoch", "data", "images", "mean_confidence", "accuracy", "top2_accuracy", "loss",
-        "expected_calibration_error", "classes",
+        "expected_calibration_error", "classes", "environment",
     }  # fmt: skip
     assert (metrics["run"], metrics["epoch"], metrics["images"]) == (only_run(tmp_path).name, record.epoch, 30)
     assert metrics["accuracy"] == pytest.approx(accuracy)
@@ -65,7 +65,7 @@ def test_evaluate_accepts_model_name_checkpoint_and_unlabeled_file(command, tiny
         "details.csv", "metrics.json", "model.pth", "predictions.csv", "report.html",
     ]  # fmt: skip
     metrics = json.loads((evaluation_dir / "metrics.json").read_text())
-    assert metrics.keys() == {"run", "epoch", "data", "images", "mean_confidence"}
+    assert metrics.keys() == {"run", "epoch", "data", "images", "mean_confidence", "environment"}
     assert metrics["images"] == 12
     assert "unlabeled" in (evaluation_dir / "report.html").read_text()
     checkpoint = next((only_run(tmp_path) / "checkpoints").glob("latest_*.pt"))

@@ -27,13 +27,15 @@ class EpochMetrics(TypedDict):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class RunRecord:
-    """Name, configuration and history of a run.
+    """Name, configuration, history and environments of a run.
 
     Attributes:
         run: Name of the run directory.
         config: Resolved configuration as JSON.
         class_names: Names of the classes, in label order.
         history: One entry per completed epoch.
+        environments: One entry per environment that the run was trained in, with `from_iteration`, the completed
+            iterations when it began there (see `training.environment`); empty in checkpoints that have none yet.
         format: Version of the checkpoint's layout.
     """
 
@@ -41,6 +43,7 @@ class RunRecord:
     config: dict[str, JsonValue]
     class_names: list[str]
     history: list[EpochMetrics] = field(default_factory=list)
+    environments: list[dict[str, JsonValue]] = field(default_factory=list)
     format: Literal[2] = FORMAT
 
     @property
@@ -59,9 +62,18 @@ class RunRecord:
         validated = [metrics for metrics in self.history if metrics["val_acc"] is not None]
         return max(validated, key=lambda metrics: metrics["val_acc"] or 0.0, default=None)
 
+    def add_environment(self, environment: Mapping[str, JsonValue], iteration: int) -> None:
+        """Record that training starts, or continues after `iteration` iterations, in an environment.
+
+        An environment that equals the last one is not repeated.
+        """
+        entry = {"from_iteration": iteration, **environment}
+        if not self.environments or self.environments[-1] | {"from_iteration": iteration} != entry:
+            self.environments.append(entry)
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the history; name and configuration stay those of the current run."""
-        self.history = list(state["history"])
+        """Load history and environments; name and configuration stay those of the current run."""
+        self.history, self.environments = list(state["history"]), list(state["environments"])

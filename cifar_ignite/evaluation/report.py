@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar_ignite.checkpointing.run_record import EpochMetrics
+from cifar_ignite.checkpointing.run_record import EpochMetrics, RunRecord
+from cifar_ignite.config_io import diff_from_defaults
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.evaluation.metrics import EvaluationResult, format_per_class_table, most_confident_errors
 from cifar_ignite.evaluation.trained_model import TrainedModel
 from cifar_ignite.plots import plot_confusion_matrix, plot_misclassified, plot_reliability, plot_training_curves
+from cifar_ignite.training.environment import Environment
 
 TEMPLATE = "report.html.j2"
 MAX_ERRORS = 24
@@ -37,6 +39,7 @@ class Evaluation:
         trained: Trained model.
         dataset: Evaluated images, on the CPU.
         dataset_name: Name of the dataset, for example "cifar10 test set".
+        environment: Environment of the evaluation.
         result: Metrics of the model.
         tta: Name of the test-time augmentation; None without.
         tta_result: Metrics with test-time augmentation; None without.
@@ -45,6 +48,7 @@ class Evaluation:
     trained: TrainedModel
     dataset: ImageDataset
     dataset_name: str
+    environment: Environment
     result: EvaluationResult
     tta: str | None = None
     tta_result: EvaluationResult | None = None
@@ -56,7 +60,7 @@ class Evaluation:
         summary = {"run": record.run, "epoch": record.epoch, "data": self.dataset_name} | self.result.summary
         if self.tta_result:
             summary["tta"] = {"name": self.tta} | self.tta_result.summary
-        return summary
+        return summary | {"environment": self.environment}
 
 
 def write_report(evaluation: Evaluation, directory: Path) -> None:
@@ -81,9 +85,9 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         per_class=format_per_class_table(evaluation.result.per_class),
         figures=write_figures(evaluation, directory),
         tta=evaluation.tta,
+        environment=environment_table({**training_environments(record), "evaluation": evaluation.environment}),
+        changed_keys=diff_from_defaults(record.config),
         config=json.dumps(record.config, indent=2),
-        torch_version=torch.__version__,
-        device=trained.device,
     )
     # The name of a test file may contain bytes that are not UTF-8.
     (directory / "report.html").write_text(page, encoding="utf-8", errors="replace")
@@ -156,6 +160,23 @@ def _describe_curves(history: Sequence[EpochMetrics], key: str) -> str:
         if values:
             descriptions.append(f"{name} from {values[0]:.3f} to {values[-1]:.3f}")
     return ", ".join(descriptions)
+
+
+def training_environments(record: RunRecord) -> dict[str, Environment]:
+    """Return the environments that a run was trained in, by their heading; none in a checkpoint without them."""
+    starts = [environment["from_iteration"] for environment in record.environments]
+    headings = [f"training from iteration {start:,}" if start else "training" for start in starts]
+    return dict(zip(headings, record.environments, strict=True))
+
+
+def environment_table(environments: Mapping[str, Environment]) -> pd.DataFrame:
+    """Return environments as text: one row per key, one column per environment, "–" for unknown values."""
+    keys = list(dict.fromkeys(key for environment in environments.values() for key in environment))
+    cells = {
+        heading: ["–" if (value := environment.get(key)) is None else str(value) for key in keys]
+        for heading, environment in environments.items()
+    }
+    return pd.DataFrame(cells, index=keys).drop(index="from_iteration", errors="ignore")
 
 
 def confusion_cells(matrix: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, list[dict[str, Any]]]]:

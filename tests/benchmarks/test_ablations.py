@@ -18,7 +18,10 @@ def test_ablations_compare_changes_by_seed_without_reading_the_test_set(tmp_path
     arguments = ["--config", tiny_file, "--out", tmp_path / "ablations", "--jobs=2"]
     done = run_benchmark("ablations", [*arguments, *(f"--change={change}" for change in changes)])
     assert done.returncode == 0, done.stderr
-    accuracies = json.loads((tmp_path / "ablations.json").read_text())["validation_accuracy"]
+    result = json.loads((tmp_path / "ablations.json").read_text())
+    assert result["environment"]["command"].startswith("python -m benchmarks.ablations ")
+    assert (result["jobs"], result["config"]["experiment"]) == (2, "ablation")
+    accuracies = result["validation_accuracy"]
     assert list(accuracies) == [UNCHANGED, *changes]
     assert all(len(values) == 2 for values in accuracies.values())
     runs = [json.loads(path.read_text()) for path in (tmp_path / "outputs" / "training_runs").glob("*/config.json")]

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.accuracy import measure, time_to_accuracy
+from cifar_ignite.training.environment import format_commit
 from tests.benchmarks.helpers import run_benchmark
 
 
@@ -35,6 +36,8 @@ def test_accuracy_evaluates_last_weights_of_each_seed(tmp_path, tiny_file):
     row = next(line for line in done.stdout.splitlines() if line.startswith("| tiny, 2 epochs"))
     assert f"| 2 | {100 * np.mean(accuracies):.2f}% ± {100 * np.std(accuracies, ddof=1):.2f} |" in row
     assert "time_to_accuracy" in result
+    assert result["environment"]["command"].startswith("python -m benchmarks.accuracy ")
+    assert f"| {format_commit(result['environment'])} | 2 |" in row
 
 
 def test_measure_without_curve_has_no_time_to_accuracy(tmp_path, tiny_config):

@@ -43,6 +43,7 @@ def test_throughput_measures_and_writes_every_row(tmp_path):
     assert result["ratios"]["(a) / (b)"] == rates[PROJECT]["images/s"] / rates[BARE_STEP]["images/s"]
     assert [row["workload"] for row in result["batch_sizes"]] == ["batch 8"]
     assert result["pipeline_epoch_seconds"].keys() == {"32 images", "64 images"}
+    assert result["environment"]["command"].startswith("python -m benchmarks.throughput --images 64 ")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
