@@ -1,6 +1,6 @@
 """Effect of single settings: the recipe as it is and with each change, over several seeds, on validation images.
 
-    python -m benchmarks.ablations --config configs/se_fast.json --seeds 2 --set train.epochs=5 --set model.width=16 \
+    python -m benchmarks.ablations --config se_fast --seeds 2 --set train.epochs=5 --set model.width=16 \
         --change optimizer.nesterov=false --change train.ema_decay=null --change "optimizer.lr=0.3 data.batch_size=256"
 
 The test set is never read. The figure is the validation accuracy after the last epoch. Seeds are the outer loop, so
@@ -36,11 +36,11 @@ CHANCE_ACCURACY = 0.1
 def last_val_acc(config: Config) -> float:
     """Train, and return the last epoch's validation accuracy in [0, 1]; that of a guess if training diverges."""
     try:
-        run_dir = train(config)
+        result = train(config)
     except NonFiniteError as error:
         print(f"diverged: {error}")
         return CHANCE_ACCURACY
-    return float(pd.read_csv(run_dir / "logs" / "metrics.csv")["val_acc"].iloc[-1])
+    return float(result.history["val_acc"].iloc[-1])
 
 
 def run_all(configs: Sequence[Config], jobs: int) -> Iterator[float]:
@@ -110,7 +110,7 @@ def change_table(accuracies: dict[str, list[float]]) -> pd.DataFrame:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = create_parser("ablations", __doc__, "configs/se_fast.json")
+    parser = create_parser("ablations", __doc__, "se_fast")
     parser.add_argument(
         "--change", action="append", default=[], metavar="'KEY=VALUE ...'", help="overrides of one row; may be repeated"
     )

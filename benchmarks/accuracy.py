@@ -1,6 +1,6 @@
 """Test accuracy of a recipe over several seeds, and its training time.
 
-    python -m benchmarks.accuracy --config configs/se_fast.json --seeds 5
+    python -m benchmarks.accuracy --config se_fast --seeds 5
 
 Each seed trains on all 50,000 images without any selection, and its last weights (the EMA, if the recipe has one) are
 evaluated on the test set once, plain and with test-time augmentation. The time to reach an accuracy is measured in one
@@ -9,7 +9,6 @@ excluded, compilation is reported separately. The runs stay in the output direct
 """
 
 import argparse
-import json
 import logging
 import re
 import statistics
@@ -40,8 +39,7 @@ CURVE_VAL_SIZE = 5000
 def evaluate_seed(config: Config) -> dict[str, float]:
     """Train one seed and evaluate it: test accuracies in [0, 1], training seconds, images per second."""
     history, compile_seconds = train_once(config)
-    directory = evaluate(model_name=config.experiment, overrides=[f"output_dir={config.output_dir}"], tta=TTA)
-    metrics = json.loads((directory / "metrics.json").read_text())
+    metrics = evaluate(model_name=config.experiment, overrides=[f"output_dir={config.output_dir}"], tta=TTA).summary
     return {
         "seed": config.seed,
         "accuracy": metrics["accuracy"],
@@ -55,9 +53,9 @@ def evaluate_seed(config: Config) -> dict[str, float]:
 
 def train_once(config: Config) -> tuple[pd.DataFrame, float]:
     """Train, and return metrics.csv and the seconds of compilation."""
-    logs = train(config) / "logs"
-    found = re.search(r"compiled in (\d+) s", (logs / "training.log").read_text())
-    return pd.read_csv(logs / "metrics.csv"), float(found[1]) if found else 0.0
+    result = train(config)
+    found = re.search(r"compiled in (\d+) s", (result.run_dir / "logs" / "training.log").read_text())
+    return result.history, float(found[1]) if found else 0.0
 
 
 def configure_run(recipe: Config, seed: int, val_size: int) -> Config:
@@ -158,7 +156,7 @@ def markdown_row(title: str, commit: str, summary: dict[str, dict[str, float]], 
 
 
 def parse_options() -> argparse.Namespace:
-    parser = create_parser("accuracy", __doc__, "configs/se_fast.json")
+    parser = create_parser("accuracy", __doc__, "se_fast")
     parser.add_argument(
         "--seeds", type=int, default=5, help="number of seeds, from the recipe's (default: %(default)s)"
     )

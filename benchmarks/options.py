@@ -18,10 +18,10 @@ def create_parser(name: str, description: str | None, config: str) -> argparse.A
     Args:
         name: Name of the benchmark's module.
         description: Docstring of the module; its first line is shown.
-        config: Default configuration file.
+        config: Default configuration.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=first_line(description))
-    parser.add_argument("--config", type=Path, default=Path(config), help="configuration (default: %(default)s)")
+    parser.add_argument("--config", default=config, help="name or file of a configuration (default: %(default)s)")
     add_overrides(parser)
     parser.add_argument("--out", type=Path, help="output files, FILE.json etc. (default: in a temporary directory)")
     return parser

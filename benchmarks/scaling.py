@@ -142,7 +142,7 @@ def launch_row(count: int | None, options: argparse.Namespace, path: Path) -> di
 
 
 def parse_options() -> argparse.Namespace:
-    parser = create_parser("scaling", __doc__, "configs/se.json")
+    parser = create_parser("scaling", __doc__, "se")
     parser.add_argument(
         "--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (default: %(default)s)"
     )

@@ -245,7 +245,7 @@ def plot_rates(rates: pd.DataFrame, path: Path, title: str) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = create_parser("throughput", __doc__, "configs/se.json")
+    parser = create_parser("throughput", __doc__, "se")
     parser.add_argument("--images", type=int, default=50_000, help="images in the dataset (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=4, help="iterations per round (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=120.0, help="seconds of the comparison (default: %(default)s)")

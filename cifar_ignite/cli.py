@@ -151,7 +151,13 @@ def _path(text: str) -> Path:
 
 
 def _add_train_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", type=_path, required=True, metavar="FILE", help="JSON configuration of the run")
+    command.add_argument(
+        "--config",
+        type=os.path.expanduser,
+        required=True,
+        metavar="NAME|FILE",
+        help="shipped configuration, for example se_fast, or a JSON file",
+    )
     command.add_argument(
         "--resume",
         type=os.path.expanduser,

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import glob
 import json
 import os
 from collections.abc import Iterable
@@ -27,19 +28,29 @@ RENAMED_KEYS = {
 }
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a configuration file and apply overrides.
+def load_config(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration and apply overrides.
 
     Args:
-        path: JSON object with the sections of `Config`. Missing keys keep the value of the file named by "extends" (a
-            path relative to this file), otherwise their default; "$schema" is for editors.
+        source: Name of a shipped configuration, for example "se_fast", otherwise the path of a JSON file: an object
+            with the sections of `Config`. Missing keys keep the value of what "extends" names (a shipped configuration,
+            otherwise a path relative to the file), otherwise their default; "$schema" is for editors.
         overrides: Strings `section.key=value`; the value is parsed as JSON, otherwise taken as a string.
 
     Raises:
         InputError: If a file is missing or malformed, "extends" forms a cycle, a key is unknown or appears twice, or a
             value is out of range.
     """
-    return parse_config(_read_extended(path, ()), str(path), overrides)
+    path = shipped_configs().get(str(source), Path(source))
+    return parse_config(_read_extended(path, ()), str(source), overrides)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the shipped configurations by name: files in the installed package, or next to it in a checkout."""
+    package = Path(__file__).parent
+    directory = next(filter(os.path.isdir, (package / "configs", package.parent / "configs")), package)
+    files = [directory / name for name in sorted(glob.glob("*.json", root_dir=directory))]
+    return {path.stem: path for path in files if path.stem != "schema"}
 
 
 def parse_config(tree: Any, source: str, overrides: Iterable[str] = ()) -> Config:
@@ -82,13 +93,17 @@ def _read_extended(path: Path, children: tuple[Path, ...]) -> Any:
         return tree
     parent = tree.pop(EXTENDS_KEY)
     if not isinstance(parent, str) or Path(parent).is_absolute():
-        raise InputError(f"{path}: extends: expected a path relative to this file, got {json.dumps(parent)}")
-    if not os.path.isfile(path.parent / parent):
-        raise InputError(f"{path}: extends: {parent}: no such file")
+        raise InputError(
+            f"{path}: extends: expected the name of a shipped configuration, or a path relative to this file, got "
+            f"{json.dumps(parent)}"
+        )
+    parent_path = shipped_configs().get(parent, path.parent / parent)
+    if not os.path.isfile(parent_path):
+        raise InputError(f"{path}: extends: {parent}: no such file; {_suggest_shipped(parent)}")
     chain = (*children, path.resolve())
-    if (path.parent / parent).resolve() in chain:
+    if parent_path.resolve() in chain:
         raise InputError(f"{path}: extends: {parent} extends this file, which is a cycle")
-    base = _read_extended(path.parent / parent, chain)
+    base = _read_extended(parent_path, chain)
     if not isinstance(base, dict):
         raise InputError(f"{path}: extends: {parent}: expected a JSON object, got {type(base).__name__}")
     return merge_trees(base, tree)
@@ -108,7 +123,8 @@ def _read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the path
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot read the configuration: {reason}") from None
+        hint = f"; {_suggest_shipped(path)}" if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"{path}: cannot read the configuration: {reason}{hint}") from None
     try:
         return json.loads(text, object_pairs_hook=_reject_duplicate_keys)
     except json.JSONDecodeError as error:
@@ -183,6 +199,13 @@ def diff_from_defaults(tree: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {key: (defaults.get(key), value) for key, value in values.items() if value != defaults.get(key)}
 
 
+def _suggest_shipped(path: str | Path) -> str:
+    """Return the names of the shipped configurations, and which one may have been meant by a missing file."""
+    names = ", ".join(shipped_configs())
+    close = difflib.get_close_matches(Path(path).stem, shipped_configs(), n=1)
+    return f"did you mean {close[0]}? Shipped: {names}" if close else f"shipped: {names}"
+
+
 def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"data.root": 1} for {"data": {"root": 1}}."""
     flat: dict[str, Any] = {}
@@ -199,7 +222,10 @@ def config_json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     schema["properties"] |= {
         SCHEMA_KEY: {"type": "string", "description": "location of this schema, for editors"},
-        EXTENDS_KEY: {"type": "string", "description": "configuration file that this one extends, relative to it"},
+        EXTENDS_KEY: {
+            "type": "string",
+            "description": "what this extends: a shipped configuration, or a path relative to this file",
+        },
     }
     return {SCHEMA_KEY: "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "cifar_ignite"}
 
@@ -226,7 +252,8 @@ _REFERENCE_HEAD = """\
 Generated from `cifar_ignite/config.py` by `make docs`; edit the docstrings there.
 
 A run is one JSON file. `configs/` contains `se`, `stochastic` and `hybrid`, each also as `_fast` and `_best`, and
-`demo`. A file contains only what differs: from the file named by `"extends"` (a path relative to the file), otherwise
+`demo`; their names stand for these files in any directory, installed or not. Every other `--config` is a path. A file
+contains only what differs: from what `"extends"` names (one of these names, otherwise a path relative to the file), or
 from the defaults below. `config.json` in a run directory is always fully resolved. Unknown keys are refused with the
 closest known name.
 

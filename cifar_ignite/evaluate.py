@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -30,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     model_name: str | None = None,
-    test_file: Path | None = None,
+    test_file: str | Path | None = None,
     overrides: Sequence[str] = (),
     tta: str | None = None,
-) -> Path:
+) -> Evaluation:
     """Predict the test set with a trained model; distributed under torchrun or SLURM.
 
     Args:
@@ -46,12 +47,13 @@ def evaluate(
         tta: Test-time augmentation to evaluate besides the plain model, "flip" or "shift" (see `create_tta_forward`).
 
     Returns:
-        Directory of the evaluation; on ranks other than 0, which write nothing, its parent.
+        Predictions, metrics, and the directory that rank 0 has written them into.
 
     Raises:
         InputError: If the checkpoint or the dataset is missing or invalid, or their classes differ; nothing was
             written.
     """
+    test_file = Path(test_file) if test_file else None
     trained = load_trained_model(checkpoint, model_name, overrides, CIFAR10_CLASSES if test_file else None)
     with distributed_context(trained.device, dist_env_from_environ()) as context:
         with idist.one_rank_first(local=True):
@@ -61,11 +63,11 @@ def evaluate(
         logger.info("test set    %s (%s images)", test_file or trained.config.data.dataset, f"{len(dataset):,}")
         evaluation = evaluate_model(trained, dataset, dataset_name, tta)
         if not context.env.is_primary:
-            return evaluations_dir(trained)
+            return evaluation
         directory = write_evaluation(evaluation)
     log_evaluation(evaluation)
     logger.info("evaluation  %s (%s)", directory, ", ".join(sorted(path.name for path in directory.iterdir())))
-    return directory
+    return replace(evaluation, directory=directory)
 
 
 def load_test_set(trained: TrainedModel, test_file: Path | None) -> ImageDataset:
@@ -98,7 +100,7 @@ def write_evaluation(evaluation: Evaluation) -> Path:
     """
     trained = evaluation.trained
     with translate_write_errors(trained.config.output_dir):
-        directory = create_unique_dir(evaluations_dir(trained), _directory_name(trained))
+        directory = create_unique_dir(trained.config.output_dir / "evaluations", _directory_name(trained))
         try:
             _write_files(evaluation, directory)
         except BaseException:
@@ -116,11 +118,6 @@ def _write_files(evaluation: Evaluation, directory: Path) -> None:
     (directory / "metrics.json").write_text(json.dumps(evaluation.summary, indent=2) + "\n")
     link_checkpoint(evaluation.trained.path, directory / "model.pth")
     write_report(evaluation, directory)
-
-
-def evaluations_dir(trained: TrainedModel) -> Path:
-    """Return the directory of all evaluations."""
-    return trained.config.output_dir / "evaluations"
 
 
 def _directory_name(trained: TrainedModel) -> str:

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from cifar_ignite.config import SyntheticConfig
 from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import TrainingError
-from cifar_ignite.evaluation.trained_model import load_trained_model
+from cifar_ignite.evaluation.trained_model import NormalizedModel, load_trained_model
 from cifar_ignite.files import atomic_write, translate_write_errors
 from cifar_ignite.training.device import dtype_name
 
@@ -29,28 +29,9 @@ SaveProgram = Callable[[ExportedProgram, Path], Callable[[Tensor], Tensor]]
 logger = logging.getLogger(__name__)
 
 
-class ExportModel(nn.Module):
-    """A model with its normalization.
-
-    Input: images (N, 3, 32, 32), uint8, or float32 in [0, 1]. Output: logits (N, num_classes).
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        return self.model((images - self.mean) / self.std)
-
-
-def export(checkpoint: Path | None = None, model_name: str | None = None, overrides: Sequence[str] = ()) -> list[Path]:
+def export(
+    checkpoint: str | Path | None = None, model_name: str | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
     """Export a trained model and verify each exported program against the model.
 
     A program accepts a single dtype of images, so there are two of each format, `{experiment}_uint8` and
@@ -70,8 +51,7 @@ def export(checkpoint: Path | None = None, model_name: str | None = None, overri
     """
     trained = load_trained_model(checkpoint, model_name, overrides)
     config, directory = trained.config, trained.config.output_dir / "exports"
-    contiguous = trained.model.to(memory_format=torch.contiguous_format).eval()
-    model = ExportModel(contiguous, config.augment.mean, config.augment.std).eval()
+    model = NormalizedModel.from_trained(trained).to(memory_format=torch.contiguous_format)
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     formats: dict[str, SaveProgram] = {".pt2": save_pt2} if missing else {".pt2": save_pt2, ".onnx": save_onnx}
     with translate_write_errors(directory):
@@ -89,7 +69,9 @@ def export(checkpoint: Path | None = None, model_name: str | None = None, overri
     return files
 
 
-def export_dtype(model: ExportModel, dtype: torch.dtype, prefix: Path, formats: dict[str, SaveProgram]) -> list[Path]:
+def export_dtype(
+    model: NormalizedModel, dtype: torch.dtype, prefix: Path, formats: dict[str, SaveProgram]
+) -> list[Path]:
     """Export a model for images of one dtype, in several formats.
 
     Args:

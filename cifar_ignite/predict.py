@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -22,34 +23,48 @@ MAX_LOGGED_ROWS = 20
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predicted classes of image files.
+
+    Attributes:
+        table: One row per readable image: file, predicted (name of the class), confidence (its probability), and the
+            probability of each class under its name.
+        path: predictions.csv, which contains the table.
+    """
+
+    table: pd.DataFrame = field(repr=False)
+    path: Path
+
+
 def predict(
-    paths: Sequence[Path],
-    checkpoint: Path | None = None,
+    paths: str | Path | Sequence[str | Path],
+    checkpoint: str | Path | None = None,
     model_name: str | None = None,
     overrides: Sequence[str] = (),
     tta: str | None = None,
-) -> Path:
+) -> Predictions:
     """Classify image files.
 
     Args:
-        paths: Image files, and directories that are searched recursively (see `find_images`).
+        paths: An image file, or a directory that is searched recursively (see `find_images`), or several of them.
         checkpoint: Any checkpoint of this project; None loads the latest best model.
         model_name: Experiment whose latest best model is loaded; None allows all experiments.
         overrides: Strings `section.key=value`, applied to the checkpoint's configuration.
         tta: Test-time augmentation, "flip" or "shift" (see `create_tta_forward`); None predicts without.
 
     Returns:
-        predictions.csv in a new directory, with the columns file, predicted, confidence, and the probability of each
-        class.
+        Table of predictions, and predictions.csv in a new directory.
 
     Raises:
         InputError: If there is no checkpoint, a path does not exist, or no file is readable; nothing was written.
     """
     trained = load_trained_model(checkpoint, model_name, overrides)
-    files = find_images(paths)
+    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    files = find_images(named)
     readable, images = load_images(files)
     if not readable:
-        raise InputError(f"{printable(paths[0])}: none of {len(files)} files is a readable image")
+        raise InputError(f"{printable(named[0])}: none of {len(files)} files is a readable image")
     class_names = tuple(trained.record.class_names)
     dataset = ImageDataset(images, None, list(range(len(readable))), class_names)
     forward = create_inference_forward(trained)
@@ -60,7 +75,7 @@ def predict(
     log_predictions(table)
     path = write_predictions(table, trained.config)
     logger.info("predictions  %s (%d of %d files)", printable(path), len(readable), len(files))
-    return path
+    return Predictions(table, path)
 
 
 def write_predictions(table: pd.DataFrame, config: Config) -> Path:

@@ -5,15 +5,19 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ignite.distributed as idist
+import pandas as pd
 from torch import nn
 
+from cifar_ignite.checkpointing.best_model import run_best_model
 from cifar_ignite.checkpointing.full_checkpoints import full_checkpoints
 from cifar_ignite.checkpointing.resume import ResumeState, resolve_resume
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.config import Config
+from cifar_ignite.config_io import parse_config
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import create_loaders
 from cifar_ignite.data.registry import load_dataset
@@ -41,7 +45,7 @@ from cifar_ignite.training.device import (
     set_float32_precision,
 )
 from cifar_ignite.training.environment import describe_environment, format_environment
-from cifar_ignite.training.loggers import log_config, log_file, log_summary
+from cifar_ignite.training.loggers import history_table, log_config, log_file, log_summary
 from cifar_ignite.training.signals import catch_signals
 from cifar_ignite.training.state import TrainingState, attach_handlers, create_initial_model, run_training
 
@@ -51,26 +55,52 @@ STALE_AFTER_SECONDS = 3600
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """A completed run, the same on all ranks.
+
+    Attributes:
+        run_dir: Run directory. For a complete checkpoint that was copied out of one, the directory of the checkpoint.
+        best_model: Checkpoint in the run directory with the highest validation accuracy, or of the last epoch of a run
+            without validation; None if its file was deleted.
+        history: Table of metrics.csv, one row per epoch: epoch (int64, from 1), train_loss, train_acc, val_loss,
+            val_acc, lr, seconds and images_per_second (float64). Accuracies are in [0, 1]; val_* are NaN without
+            validation.
+    """
+
+    run_dir: Path
+    best_model: Path | None
+    history: pd.DataFrame = field(repr=False)
+
+    @property
+    def best_val_acc(self) -> float:
+        """Highest validation accuracy, in [0, 1]; NaN without validation."""
+        return float(self.history["val_acc"].max())
+
+
 def train(
     config: Config,
-    resume: str | None = None,
+    resume: str | Path | None = None,
     overrides: Sequence[str] = (),
     allow_changes: bool = False,
     attach: Callable[[TrainingState], None] | None = None,
-) -> Path:
+) -> TrainResult:
     """Train a model, or resume a run; under torchrun or SLURM, together with the other processes of the job.
 
+    In the main thread, SIGINT (Ctrl-C, or "interrupt kernel" in a notebook), SIGTERM and SIGUSR1 stop the run once its
+    state is saved; their handlers are restored at the end. Torch's global generators are seeded for each iteration.
+
     Args:
-        config: Configuration of the run.
+        config: Configuration of the run, see `load_config`.
         resume: "latest" for the latest run of the experiment, or the path of a run directory or a full checkpoint. A
             resumed run keeps its own configuration.
-        overrides: Strings `section.key=value` in which the resumed run is to differ from its own configuration.
+        overrides: Strings `section.key=value`, applied to `config`, or to the resumed run's own configuration.
         allow_changes: Whether to resume with `config` itself, even if that changes what is trained.
         attach: Function that attaches handlers of your own, for example to `state.trainer`; called on all ranks once
             everything else is attached and restored.
 
     Returns:
-        Run directory.
+        Run directory, best model and history; also if the resumed run is already complete.
 
     Raises:
         InputError: If the configuration, dataset or checkpoint is invalid; nothing was written.
@@ -82,8 +112,9 @@ def train(
         logger.info("restarted by torchrun (%d): resuming %s", env.restart_count, run_dir)
         resume = run_dir
     resume_state, resume_error = None, None
+    config = parse_config(config.model_dump(mode="json"), "configuration", overrides)
     try:
-        resume_state = resolve_resume(config, resume, overrides, allow_changes) if resume else None
+        resume_state = resolve_resume(config, str(resume), overrides, allow_changes) if resume else None
     except InputError as error:
         resume_error = error
     config = resume_state.config if resume_state else config
@@ -95,7 +126,9 @@ def train(
             raise resume_error
         if resume_state and resume_state.is_complete:
             logger.info("already complete after epoch %d: nothing to do for %s", resume_state.epoch, resume_state.path)
-            return resume_state.run_dir or config.output_dir
+            directory = resume_state.run_dir or Path(str(resume_state.path)).parent
+            history = history_table(resume_state.saved["record"].history)
+            return TrainResult(directory, run_best_model(directory), history)
         return _train(config, resume_state, context, attach)
 
 
@@ -104,7 +137,7 @@ def _train(
     resume: ResumeState | None,
     context: DistributedContext,
     attach: Callable[[TrainingState], None] | None,
-) -> Path:
+) -> TrainResult:
     """Train on all ranks; parameters and errors are those of `train`."""
     device = select_device(config.device)
     # An invalid model is refused before the dataset is downloaded, although only the dataset has the number of classes.
@@ -134,7 +167,8 @@ def _train(
             promoted = state.best.promote()
             log_summary(record, state.best.path, run_dir / "logs", time.monotonic() - started)
             logger.info("best model  %s", promoted)
-    return run_dir
+            best_model = broadcast_from_rank0(lambda: str(run_best_model(run_dir) or ""))
+    return TrainResult(run_dir, Path(best_model) if best_model else None, history_table(record.history))
 
 
 # --- The run directory --------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ READ_KEYS = {
 
 def fingerprint(config):
     """Train; return all weights of the latest checkpoint and the best model, the metrics, and the file names."""
-    run_dir = train(config)
+    run_dir = train(config).run_dir
     paths = latest_checkpoint(run_dir), next((run_dir / "checkpoints").glob("best*"))
     weights = [weight.flatten().double() for path in paths for weight in load_checkpoint(path)["model"].values()]
     table = pd.read_csv(run_dir / "logs" / "metrics.csv").drop(columns=["seconds", "images_per_second"])

@@ -116,9 +116,9 @@ def test_extends_merges_chain_of_files_relative_to_each(write):
         ("missing.json", "no such file"),
         ("", "no such file"),
         ("list.json", "list.json: expected a JSON object"),
-        ("{path}/base.json", "expected a path relative to this file"),
-        (None, "expected a path relative to this file"),
-        (["base.json"], "expected a path relative to this file"),
+        ("{path}/base.json", "or a path relative to this file"),
+        (None, "or a path relative to this file"),
+        (["base.json"], "or a path relative to this file"),
     ],
     ids=str,
 )

@@ -1,18 +1,20 @@
 """Exported programs compute what the model computes."""
 
-import numpy as np
+import importlib
+
 import onnx
 import onnxruntime
 import pytest
 import torch
 
-from cifar_ignite import export as export_module
+from cifar_ignite import export
 from cifar_ignite.config import SyntheticConfig
 from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import TrainingError
 from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
 from cifar_ignite.evaluation.trained_model import load_trained_model
-from cifar_ignite.export import ExportModel, export
+
+export_module = importlib.import_module("cifar_ignite.export")  # cifar_ignite.export is the function
 
 
 @pytest.fixture
@@ -49,14 +51,6 @@ def test_exported_programs_match_evaluation(command, overrides, tmp_path):
     graph = onnx.load(directory / "tiny_uint8.onnx").graph
     assert [entry.name for entry in graph.input] == ["images"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param  # a symbolic size: any batch size
-
-
-def test_export_model_normalizes_uint8_and_float_images():
-    model = ExportModel(torch.nn.Flatten(), (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    expected = (images.numpy() / 255 - np.reshape([0.1, 0.2, 0.3], (3, 1, 1))) / np.reshape([0.5, 0.25, 1], (3, 1, 1))
-    assert np.allclose(model(images).numpy().reshape(expected.shape), expected, atol=1e-6)
-    assert torch.allclose(model(images / 255), model(images), atol=1e-6)
 
 
 def test_export_without_onnx_packages_writes_pt2_only(overrides, monkeypatch, caplog):

@@ -71,9 +71,9 @@ def test_predict_matches_evaluate(command, tmp_path, cifar_root):
     evaluation_dir = only_evaluation(tmp_path)
     details = pd.read_csv(evaluation_dir / "details.csv")
     overrides = [f"output_dir={tmp_path / 'outputs'}"]
-    table = pd.read_csv(predict([tmp_path / "test"], overrides=overrides))
+    table = pd.read_csv(predict(tmp_path / "test", overrides=overrides).path)
     assert np.array_equal(table[list(CIFAR10_CLASSES)], details[list(CIFAR10_CLASSES)])
-    table = pd.read_csv(predict([tmp_path / "test"], overrides=overrides, tta="flip"))
+    table = predict([str(tmp_path / "test")], overrides=overrides, tta="flip").table
     labels = pd.read_csv(evaluation_dir / "predictions_tta_flip.csv")["Labels"]
     assert table["predicted"].tolist() == [CIFAR10_CLASSES[label] for label in labels]
 

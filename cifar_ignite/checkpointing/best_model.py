@@ -89,6 +89,11 @@ def best_model_path(output_dir: Path, experiment: str, *, selected: bool) -> Pat
     return output_dir / "best_models" / f"{experiment}{'' if selected else '_val_acc_none'}_best.pth"
 
 
+def run_best_model(run_dir: Path) -> Path | None:
+    """Return the file of a run's best model, or of its last one without validation; None if there is none."""
+    return next(iter(list_files(run_dir / "checkpoints", "*.pth")), None)
+
+
 def list_best_models(output_dir: Path) -> list[Path]:
     """Return the best models of all experiments, the latest first.
 

@@ -5,7 +5,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ WHITE, DARK_BLUE, DARK_RED = (255, 255, 255), (8, 62, 130), (160, 20, 40)
 EQUAL_CONTRAST_LUMINANCE = 0.179
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """A trained model evaluated on a dataset.
 
@@ -43,19 +43,21 @@ class Evaluation:
         result: Metrics of the model.
         tta: Name of the test-time augmentation; None without.
         tta_result: Metrics with test-time augmentation; None without.
+        directory: Directory that the files were written into; None on ranks other than 0.
     """
 
-    trained: TrainedModel
-    dataset: ImageDataset
+    trained: TrainedModel = field(repr=False)
+    dataset: ImageDataset = field(repr=False)
     dataset_name: str
-    environment: Environment
-    result: EvaluationResult
+    environment: Environment = field(repr=False)
+    result: EvaluationResult = field(repr=False)
     tta: str | None = None
-    tta_result: EvaluationResult | None = None
+    tta_result: EvaluationResult | None = field(default=None, repr=False)
+    directory: Path | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Contents of metrics.json."""
+        """Contents of metrics.json: with labels "accuracy" in [0, 1], "loss", and others."""
         record = self.trained.record
         summary = {"run": record.run, "epoch": record.epoch, "data": self.dataset_name} | self.result.summary
         if self.tta_result:

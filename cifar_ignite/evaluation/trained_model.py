@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_ignite.checkpointing.best_model import best_model_path, list_best_models
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
-from cifar_ignite.config import Config
+from cifar_ignite.config import AugmentConfig, Config
 from cifar_ignite.config_io import parse_config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.errors import InputError
@@ -44,8 +44,61 @@ class TrainedModel:
     model: nn.Module
 
 
+class NormalizedModel(nn.Module):
+    """A trained model with its normalization, in eval mode: float32 logits (N, num_classes) of images.
+
+    The images are (N, 3, H, W), RGB, uint8, or float32 in [0, 1], on the device of the module; 32x32 as in training.
+
+    Attributes:
+        model: Model without the normalization.
+        class_names: Names of the classes, in the order of the logits.
+        mean: Float (1, 3, 1, 1), mean per channel that is subtracted.
+        std: Float (1, 3, 1, 1), standard deviation per channel that images are divided by.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, augment: AugmentConfig, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.class_names = model, tuple(class_names)
+        self.register_buffer("mean", torch.tensor(augment.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(augment.std).view(1, 3, 1, 1))
+        self.eval()
+
+    @classmethod
+    def from_trained(cls, trained: TrainedModel) -> "NormalizedModel":
+        """Return the module of a trained model, which they share."""
+        return cls(trained.model, trained.config.augment, trained.record.class_names)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return self.model((images - self.mean) / self.std)
+
+
+def load_model(source: str | Path | None = None, overrides: Sequence[str] = ()) -> NormalizedModel:
+    """Load a trained model for use in your own code, on the device that its configuration selects.
+
+    It computes in float32 with gradients enabled; call it inside `torch.inference_mode()` to predict.
+
+    Args:
+        source: Path of any checkpoint of this project, or the name of an experiment, for its best model; None loads the
+            latest best model. A name without a directory that is no file is an experiment.
+        overrides: Strings `section.key=value`, for example "device=cpu", or "output_dir=..." to look up best models
+            elsewhere.
+
+    Raises:
+        InputError: If the checkpoint is missing or invalid, or its weights do not match its configuration.
+    """
+    is_name = isinstance(source, str) and os.path.basename(source) == source and not os.path.isfile(source)
+    checkpoint, model_name = (None, str(source)) if is_name else (source, None)
+    trained = load_trained_model(checkpoint, model_name, overrides)
+    return NormalizedModel.from_trained(trained).to(trained.device)
+
+
 def load_trained_model(
-    checkpoint: Path | None,
+    checkpoint: str | Path | None,
     model_name: str | None,
     overrides: Sequence[str] = (),
     class_names: Sequence[str] | None = None,
@@ -66,7 +119,8 @@ def load_trained_model(
     wanted = parse_config({}, "--set", selecting.values())
     output_dir, dataset = wanted.output_dir, wanted.data.dataset if "data.dataset" in selecting else None
     if checkpoint:
-        path, saved = checkpoint, load_checkpoint(checkpoint)
+        path = Path(checkpoint)
+        saved = load_checkpoint(path)
     else:
         path, saved = find_best_model(output_dir, model_name, lambda record: _fits(record, class_names, dataset))
     record: RunRecord = saved["record"]

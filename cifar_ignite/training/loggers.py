@@ -173,10 +173,17 @@ class _EpochLine:
         )
 
 
+def history_table(history: list[EpochMetrics]) -> pd.DataFrame:
+    """Return the table of metrics.csv: the keys of `EpochMetrics` as columns, NaN without validation."""
+    columns = list(EpochMetrics.__annotations__)
+    dtypes = dict.fromkeys(columns, "float64") | {"epoch": "int64"}
+    return pd.DataFrame(history, columns=pd.Index(columns)).astype(dtypes)
+
+
 def write_history(history: list[EpochMetrics], path: Path) -> None:
     """Write metrics.csv atomically."""
     with atomic_write(path) as temp_path:
-        pd.DataFrame(history).to_csv(temp_path, index=False)
+        history_table(history).to_csv(temp_path, index=False)
 
 
 class TensorBoardLogger:

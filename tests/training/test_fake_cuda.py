@@ -20,13 +20,14 @@ from cifar_ignite.augment import elementwise
 from cifar_ignite.checkpointing import best_model, savers
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.config_io import load_config
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.synthetic import synthetic
 from cifar_ignite.evaluate import evaluate_model
 from cifar_ignite.evaluation import inference
 from cifar_ignite.evaluation.report import Evaluation
-from cifar_ignite.evaluation.trained_model import TrainedModel
-from cifar_ignite.export import ExportModel, example_images, export_program
+from cifar_ignite.evaluation.trained_model import NormalizedModel, TrainedModel
+from cifar_ignite.export import example_images, export_program
 from cifar_ignite.training import handlers, loggers, state
 from cifar_ignite.training.state import create_initial_model
 from tests.helpers import REPOSITORY
@@ -156,7 +157,7 @@ def run_exported_program(model: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_exported_program_runs_on_device(dtype):
     config = load_tiny_config("hybrid_best")
-    model = ExportModel(create_initial_model(config, 10, CPU), config.augment.mean, config.augment.std).eval()
+    model = NormalizedModel(create_initial_model(config, 10, CPU), config.augment, CIFAR10_CLASSES)
     logits = run_exported_program(model, example_images(4, dtype))
     assert logits.shape == (4, 10)
     assert logits.device == CUDA
