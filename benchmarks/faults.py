@@ -6,6 +6,7 @@ Each run trains a tiny model on synthetic data in a process of its own, which re
 four times: at a random moment, or while a checkpoint is being written. Then it is resumed to its end; its weights, EMA,
 momentum buffers, counters, metrics and best model must equal those of the uninterrupted run. --config and --set test
 any other training. With --processes 2, each run has two ranks, one of which receives the signal; both must exit.
+Requires Linux or macOS: processes are forked.
 """
 
 import argparse

@@ -1,14 +1,17 @@
 """Interleaved measurement: workloads alternate in one process, so that a disturbance of the machine affects all."""
 
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity
+
+with suppress(ModuleNotFoundError):  # Windows
+    import resource
 
 Workload = Callable[[], int]
 """Does some work and returns the number of images that it processed."""
@@ -18,8 +21,8 @@ MIN_ROUNDS = 3
 
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def measure_rates(
@@ -56,7 +59,9 @@ def measure_rates(
 
 
 def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes."""
+    """Return the peak resident memory of this process in bytes; 0 on Windows, where Python does not know it."""
+    if "resource" not in sys.modules:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -106,9 +106,11 @@ def measure(options: argparse.Namespace, out: Path) -> Results:
     memory_before = peak_memory()
     setup = create_setup(config, random_dataset(options.images))
     project_workload(setup, 3)()
-    results = Results(create_title(setup), {"cpu": peak_memory() - memory_before})
+    results = Results(create_title(setup), {"cpu": peak_memory() - memory_before} if memory_before else {})
     if device.type == "cuda":
         results.memory["cuda"] = torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        results.memory["mps"] = torch.mps.driver_allocated_memory()  # with the cache, so close to the peak
 
     def save(**new: Any) -> None:
         for name, value in new.items():

@@ -16,7 +16,13 @@ from typing import Any, NoReturn
 
 from cifar_ignite.config_io import load_config
 from cifar_ignite.distributed.env import dist_env_from_environ, is_local_primary
-from cifar_ignite.errors import InputError, TrainingError, first_line, translate_oom_errors
+from cifar_ignite.errors import (
+    InputError,
+    TrainingError,
+    first_line,
+    translate_missing_operators,
+    translate_oom_errors,
+)
 
 
 def main(arguments: Sequence[str] | None = None, **extra: Any) -> int:
@@ -44,7 +50,7 @@ def _run(console: logging.Handler, **options: Any) -> int:
     try:
         if not dist_env_from_environ().is_primary:
             console.setLevel(logging.CRITICAL)
-        with translate_oom_errors():
+        with translate_oom_errors(), translate_missing_operators():
             _call(**options)
     except (InputError, TrainingError) as error:
         status = _fail(error.status, error, should_report=error.should_report)

@@ -239,12 +239,12 @@ class Config(Section):
     """name of the best model and of the evaluations"""
     output_dir: Annotated[Directory, Resume.SAFE] = Path("outputs")
     """directory of all outputs"""
-    device: Annotated[Literal["auto", "cpu", "cuda"], Resume.SAFE] = "auto"
-    """`auto` (the GPU if there is one), `cpu` or `cuda`"""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Resume.SAFE] = "auto"
+    """`auto` (the first available of `cuda`, `mps` and `cpu`), `cpu`, `cuda`, or `mps` (an Apple GPU)"""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """precision of convolutions and matrix products: `auto` (bf16 if the GPU or CPU has instructions for it, otherwise
-    fp16 on a GPU with tensor cores, otherwise fp32), `fp32`, `tf32` (fp32, with TF32 on a GPU), or under autocast
-    `bf16` or `fp16` (with a gradient scaler)"""
+    fp16 on a GPU with tensor cores, otherwise fp32; on an Apple GPU fp32), `fp32`, `tf32` (fp32, with TF32 on a CUDA
+    GPU), or under autocast `bf16` or `fp16` (with a gradient scaler)"""
     compile: Annotated[Literal["auto", "on", "off"], Resume.SAFE] = "auto"
     """torch.compile for the training pass: `auto` (on a CPU, for 2,000 iterations or more; a failure is a warning),
     `on` (for the augmentation as well; a failure ends the run) or `off`"""

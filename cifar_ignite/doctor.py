@@ -150,7 +150,13 @@ def check_device() -> CheckResult:
             free, total = torch.cuda.mem_get_info()
             memory = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
             return CheckResult("device", "ok", f"{torch.cuda.get_device_name()}, {memory}, {precision}")
+        if device.type == "mps":
+            memory = f"{torch.mps.recommended_max_memory() / 1e9:.0f} GB usable"
+            return CheckResult("device", "ok", f"Apple GPU (MPS), {memory}, {precision}")
         message = f"CPU, {torch.get_num_threads()} threads, {precision}"
+        if torch.backends.mps.is_built():
+            hint = "requires an Apple silicon Mac and a macOS version that this torch supports"
+            return CheckResult("device", "warning", f"{message}; torch finds no Apple GPU", hint)
         if torch.version.cuda and shutil.which("nvidia-smi"):
             hint = "check that nvidia-smi lists one, and its driver version"
             return CheckResult("device", "warning", f"{message}; torch finds no GPU", hint)

@@ -1,6 +1,7 @@
 """Errors that end a command with one line on stderr, and the translation of library errors into them."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -48,7 +49,7 @@ class TrainingInterrupted(TrainingError):
 
 @contextlib.contextmanager
 def translate_oom_errors() -> Iterator[None]:
-    """Translate out-of-memory errors of the host or a GPU into a `TrainingError`.
+    """Translate out-of-memory errors of the host, a CUDA GPU or MPS into a `TrainingError`.
 
     Raises:
         TrainingError: If memory was exhausted inside the block.
@@ -57,12 +58,31 @@ def translate_oom_errors() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-        # The words of torch, of its CPU allocator, of CUDA, and of cuDNN and cuBLAS.
-        words = "OutOfMemory", "CPUAllocator", "out of memory", "ALLOC_FAILED"
+        # The words of torch, of its CPU allocator, of CUDA and MPS, and of cuDNN and cuBLAS.
+        words = "OutOfMemory", "CPUAllocator", "out of memory", "Invalid buffer size", "ALLOC_FAILED"
         if not isinstance(error, MemoryError) and not any(word in reason for word in words):
             raise
         raise TrainingError(
             f"out of memory ({reason}); use a smaller data.batch_size or model.width, or free memory used elsewhere"
+        ) from None
+
+
+@contextlib.contextmanager
+def translate_missing_operators() -> Iterator[None]:
+    """Translate the error of an operator that torch does not have on MPS, an Apple GPU.
+
+    Raises:
+        TrainingError: If such an operator was called inside the block.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        found = re.search(r"The operator '(.+?)' is not currently .*for the MPS device", first_line(error))
+        if not found:
+            raise
+        raise TrainingError(
+            f"{found[1]}: torch has no such operator on an Apple GPU (MPS); set PYTORCH_ENABLE_MPS_FALLBACK=1 in the "
+            "environment to run it on the CPU, or use device=cpu"
         ) from None
 
 

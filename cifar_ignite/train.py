@@ -30,7 +30,13 @@ from cifar_ignite.distributed.process_group import (
     restarted_run_dir,
     translate_connection_errors,
 )
-from cifar_ignite.errors import InputError, TrainingError, TrainingInterrupted, translate_oom_errors
+from cifar_ignite.errors import (
+    InputError,
+    TrainingError,
+    TrainingInterrupted,
+    translate_missing_operators,
+    translate_oom_errors,
+)
 from cifar_ignite.files import (
     atomic_write,
     create_unique_dir,
@@ -225,7 +231,7 @@ def record_environment(state: TrainingState, run_dir: Path) -> None:
 def append_latest_checkpoint(run_dir: Path) -> Iterator[None]:
     """Append to the message of a failed run the checkpoint that it can be resumed from."""
     try:
-        with translate_connection_errors(), translate_oom_errors():
+        with translate_connection_errors(), translate_oom_errors(), translate_missing_operators():
             yield
     except TrainingInterrupted:
         raise

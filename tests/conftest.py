@@ -19,6 +19,7 @@ from tests.helpers import TINY, snapshot, write_batch
 # process, also for fake GPUs of fake tensors and torch.export: so the first pass is made here, without a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.ones((), requires_grad=True).backward()
+torch.backends.mps.is_available = lambda: False  # tests run on the CPU of a Mac, too
 
 # Tests that start processes, train for seconds or compile; `make test-fast` leaves them out.
 SLOW = (
@@ -31,6 +32,7 @@ SLOW = (
     "evaluation/test_image_reading.py",
     "training/test_determinism.py",
     "training/test_fake_cuda.py",
+    "training/test_fake_mps.py",
     "training/test_forward.py",
     "training/test_operator_counts.py",
     "augment/test_compile.py",

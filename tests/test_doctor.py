@@ -168,6 +168,23 @@ def test_check_disk_with_unusable_path_names_it(tmp_path, tiny_config, name, rea
     assert str(tmp_path / name).removesuffix("/outputs") in result.message
 
 
+def test_check_device_reports_apple_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.mps.recommended_max_memory", lambda: 12_000_000_000)
+    result = doctor.check_device()
+    assert (result.status, result.message) == ("ok", "Apple GPU (MPS), 12 GB usable, float32")
+
+
+def test_check_device_warns_if_torch_cannot_use_apple_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_built", lambda: True)
+    result = doctor.check_device()
+    assert result.status == "warning"
+    assert "torch finds no Apple GPU" in result.message
+
+
 def test_check_device_has_no_side_effects(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert doctor.check_device().status in ("ok", "warning")

@@ -9,6 +9,7 @@ from cifar_ignite.errors import (
     TrainingError,
     TrainingInterrupted,
     first_line,
+    translate_missing_operators,
     translate_oom_errors,
 )
 
@@ -32,6 +33,10 @@ def test_errors_are_reported_by_all_ranks_until_ranks_agree():
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nA second line"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError(
+            "MPS backend out of memory (MPS allocated: 9.05 GB, max allowed: 9.07 GB). Tried to allocate 1 GB."
+        ),
+        RuntimeError("Invalid buffer size: 12.00 GiB"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
@@ -49,6 +54,23 @@ def test_translate_oom_errors_lets_other_errors_through(error):
     with pytest.raises(type(error)) as raised, translate_oom_errors():
         raise error
     assert raised.value is error
+
+
+def test_translate_missing_operators_names_operator_and_fix_in_one_line():
+    message = (
+        "The operator 'aten::heaviside.out' is not currently implemented for the MPS device. If you want this op to be "
+        "considered for addition, please comment on an issue. As a temporary fix, you can set an environment variable."
+    )
+    with pytest.raises(TrainingError) as raised, translate_missing_operators():
+        raise NotImplementedError(message)
+    assert str(raised.value).startswith("aten::heaviside.out: ")
+    assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_translate_missing_operators_lets_other_errors_through():
+    with pytest.raises(NotImplementedError, match="^abstract$"), translate_missing_operators():
+        raise NotImplementedError("abstract")
 
 
 def test_first_line_skips_empty_lines():

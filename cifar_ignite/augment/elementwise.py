@@ -17,6 +17,15 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return images.sub(shift[:, None, None]).div_(scale[:, None, None])
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format of images and weights of convolutions: channels_last, but not on MPS.
+
+    On MPS, the backward pass of BatchNorm is wrong or raises in channels_last before torch's pull requests 181411 and
+    188371 of 2026.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 # Tensors on their device. A dictionary rather than functools.lru_cache, because torch.compile makes tensors that it
 # finds in a dictionary inputs of the compiled function, but creates those of a cached function again in each call.
 CACHED_TENSORS: dict[Any, Tensor] = {}

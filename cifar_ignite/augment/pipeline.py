@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cifar_ignite.augment.color import color_jitter, random_color_factors
-from cifar_ignite.augment.elementwise import normalize, to_float
+from cifar_ignite.augment.elementwise import memory_format, normalize, to_float
 from cifar_ignite.augment.erasing import erase, random_cutout_boxes, random_erasing_boxes
 from cifar_ignite.augment.geometry import (
     crop,
@@ -58,8 +58,8 @@ def create_train_transform(
 
     Returns:
         A function of images, uint8 (B, 3, H, W), labels, int64 (B,), the epoch (from 0) and a mask, bool (B,), of the
-        images to flip if `flip_mode` is "alternating". It returns normalized float images (B, 3, H, W) in channels_last
-        and targets, float (B, num_classes), each row a distribution over the classes.
+        images to flip if `flip_mode` is "alternating". It returns normalized float images (B, 3, H, W) in the device's
+        `memory_format` and targets, float (B, num_classes), each row a distribution over the classes.
 
     Raises:
         TrainingError: If compilation fails.
@@ -85,7 +85,7 @@ def create_pipeline(config: AugmentConfig, num_classes: int, compile_for: Tensor
         params = random_augment_params(images, flip_mask, config)
         augment = compiled if len(images) == compiled_batch else augment_images
         images, targets = mix(augment(images, params, config), labels)
-        return images.contiguous(memory_format=torch.channels_last), targets
+        return images.contiguous(memory_format=memory_format(images.device)), targets
 
     return pipeline
 

@@ -13,7 +13,7 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor
 
-from cifar_ignite.augment.elementwise import normalize, to_float
+from cifar_ignite.augment.elementwise import memory_format, normalize, to_float
 from cifar_ignite.augment.pipeline import BatchTransform, create_train_transform
 from cifar_ignite.config import AugmentConfig, Config
 from cifar_ignite.data.dataset import ImageDataset
@@ -154,7 +154,7 @@ class EvalLoader:
         for rows in self.rows():
             images = normalize(to_float(self.images[rows]), self.augment.mean, self.augment.std)
             labels = None if self.labels is None else self.labels[rows]
-            yield images.contiguous(memory_format=torch.channels_last), labels
+            yield images.contiguous(memory_format=memory_format(images.device)), labels
 
 
 def create_loaders(

@@ -26,8 +26,10 @@ def derive_seed(seed: int, purpose: int, index: int = 0, *more: int) -> int:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the global generators of the CPU and of `device`.
 
-    torch.manual_seed also seeds all other types of devices, which takes 0.1 ms.
+    torch.manual_seed also seeds all other types of devices, MPS included, which takes 0.1 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+    if device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -152,9 +152,14 @@ class SyncedMetrics:
         if idist.get_rank() == 0:
             for name, metric in self.metrics.items():
                 ((key, (state,)),) = saved[name].items()
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()}
+                moved = {k: _to_device(v, device) if isinstance(v, Tensor) else v for k, v in state.items()}
                 # Ignite expects one state per rank, of which a rank loads its own.
                 metric.load_state_dict({key: [moved] * idist.get_world_size()})
+
+
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Return a value of a metric on the device that updates it: the host for float64, which MPS does not have."""
+    return value.cpu() if value.dtype == torch.float64 else value.to(device)
 
 
 def _sum_over_ranks(state_dict: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

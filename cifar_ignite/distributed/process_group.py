@@ -50,14 +50,14 @@ def distributed_context(device: torch.device, env: DistEnv) -> Iterator[Distribu
     """Join the processes of the run inside the block; at world size 1, or when already joined, nothing is set up.
 
     Raises:
-        InputError: If there are more processes on a machine than GPUs.
+        InputError: If there are more processes on a machine than GPUs, or the GPU is one of Apple.
         TrainingError: If the processes cannot connect, or another rank exited. `should_report` of this error, and of
             one raised inside the block, is true on the rank that failed first.
     """
     if not env.is_distributed or idist.get_world_size() > 1:
         yield DistributedContext(env)
         return
-    _check_gpu_count(device, env)
+    _check_gpus(device, env)
     with report_missing_ranks(env):
         store = _init_process_group(device, env)
     try:
@@ -102,7 +102,9 @@ def translate_connection_errors() -> Iterator[None]:
 # --- Setting up and tearing down ----------------------------------------------------------------------------------
 
 
-def _check_gpu_count(device: torch.device, env: DistEnv) -> None:
+def _check_gpus(device: torch.device, env: DistEnv) -> None:
+    if device.type == "mps":
+        raise InputError(f"device: {env.world_size} processes cannot share an Apple GPU; use NPROC=1, or device=cpu")
     if device.type == "cuda" and env.local_rank >= (count := torch.cuda.device_count()):
         error = InputError(
             f"device: more processes than GPUs ({count}) on this machine; start one per GPU, or use device=cpu"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar_ignite.augment.elementwise import memory_format
 from cifar_ignite.checkpointing.best_model import best_model_path, list_best_models
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
@@ -33,8 +34,8 @@ class TrainedModel:
         record: Run that wrote the checkpoint: its name, configuration, class names and history.
         config: Configuration of the run, with overrides and the current `output_dir`.
         device: Device selected by the configuration.
-        model: Model in channels_last, with EMA weights if the run kept them; on the CPU, because a rank knows its GPU
-            only after the process group is initialized.
+        model: Model in the device's `memory_format`, with EMA weights if the run kept them; on the CPU, because a rank
+            knows its GPU only after the process group is initialized.
     """
 
     path: Path
@@ -130,9 +131,10 @@ def load_trained_model(
         model.load_state_dict(saved.get("ema", saved["model"]))
     except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"{path}: the weights do not match the configured {config.model.name}") from None
-    model = model.to(memory_format=torch.channels_last)
+    device = select_device(config.device)
+    model = model.to(memory_format=memory_format(device))
     logger.info("checkpoint  %s (%s, epoch %d)", path, config.model.name, record.epoch)
-    return TrainedModel(path, record, config, select_device(config.device), model)
+    return TrainedModel(path, record, config, device, model)
 
 
 def check_fits(trained: TrainedModel, dataset: ImageDataset, dataset_name: str) -> None:

@@ -6,14 +6,18 @@ from cifar_ignite.errors import InputError
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device that `name` ("auto", "cpu" or "cuda") stands for; "auto" is the GPU if there is one.
+    """Return the device that `name` stands for: "cpu", "cuda", "mps", or "auto" for the first of CUDA, MPS and CPU.
 
     Raises:
-        InputError: If "cuda" is requested but not available.
+        InputError: If a GPU is requested but not available.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: torch finds no CUDA GPU here; use device=auto or device=cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available[name]:
+        gpu = {"cuda": "CUDA GPU", "mps": "Apple GPU (MPS)"}[name]
+        raise InputError(f"device: torch finds no {gpu} here; use device=auto or device=cpu")
+    return torch.device(name)
 
 
 def enable_deterministic_algorithms() -> None:
@@ -34,13 +38,16 @@ def resolve_amp_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of convolutions and matrix products under autocast.
 
     "auto" is bfloat16 if the device has instructions for it, otherwise float16 on a GPU of compute capability 7.0 or
-    higher, whose tensor cores have it (V100, T4), otherwise float32. "tf32" is float32 as well, see
-    `set_float32_precision`. Sums over many values (BatchNorm statistics, the loss, the update) stay in float32.
+    higher, whose tensor cores have it (V100, T4), otherwise float32. On MPS it is float32, because nobody has measured
+    whether autocast saves time there. "tf32" is float32 as well, see `set_float32_precision`. Sums over many values
+    (BatchNorm statistics, the loss, the update) stay in float32.
     """
     if precision != "auto":
         names = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         return names[precision]
-    if device.type != "cuda":
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "cpu":
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
@@ -69,9 +76,18 @@ def precision_name(precision: str, device: torch.device) -> str:
     return "tf32" if precision == "tf32" else dtype_name(resolve_amp_dtype(precision, device))
 
 
+def skips_updates(device: torch.device) -> bool:
+    """Return whether torch's fused optimizers skip an update on the device if their `found_inf` is set.
+
+    On MPS, torch refuses it or, before pull request 186360 of June 2026, ignores it.
+    """
+    return device.type != "mps"
+
+
 def device_check_interval(device: torch.device, log_every: int) -> int:
     """Return the iterations between reads of a tensor on the device.
 
-    A GPU runs ahead of the host, and a read makes them wait for each other; on a CPU it costs nothing.
+    A GPU runs ahead of the host, and a read makes them wait for each other; on a CPU it costs nothing. On MPS, the host
+    has to prevent an update with a gradient that is not finite (see `skips_updates`), so it reads in each iteration.
     """
-    return 1 if device.type == "cpu" else log_every
+    return log_every if device.type == "cuda" else 1

@@ -107,13 +107,15 @@ def format_commit(environment: Environment) -> str:
 
 def device_name(device: torch.device) -> str:
     """Return the model of the GPU, or of the CPU."""
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def cpu_model() -> str:
     """Return the model of the CPU; outside Linux, and where Linux does not name it, at least its architecture."""
     try:
-        lines = CPUINFO.read_text().splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

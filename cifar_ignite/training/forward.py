@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cifar_ignite.augment.elementwise import memory_format
 from cifar_ignite.config import Config
 from cifar_ignite.data.loaders import TrainLoader, shard_slice
 from cifar_ignite.distributed.collectives import unchanged_model
@@ -80,9 +81,9 @@ def create_training_forward(config: Config, model: nn.Module, loader: TrainLoade
 
 
 def zero_images(loader: TrainLoader, count: int) -> Tensor:
-    """Return images for passes that are not part of training: zeros, float (count, 3, H, W), in channels_last."""
+    """Return images for passes that are not part of training: zeros, float (count, 3, H, W)."""
     images = torch.zeros(count, *loader.images.shape[1:], device=loader.images.device)
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 def _compile_model(model: nn.Module, device: torch.device) -> Forward:

@@ -23,7 +23,7 @@ from cifar_ignite.config import TrainConfig
 from cifar_ignite.data.loaders import EvalLoader
 from cifar_ignite.distributed.collectives import all_reduce_max, broadcast_buffers, check_interval
 from cifar_ignite.errors import NonFiniteError
-from cifar_ignite.training.device import device_check_interval
+from cifar_ignite.training.device import device_check_interval, skips_updates
 from cifar_ignite.training.engines import TrainingEvents
 from cifar_ignite.training.metrics import EpochTimer
 from cifar_ignite.training.signals import StopFlag
@@ -54,8 +54,8 @@ def attach_grad_clipping(
     """Clip the global norm of the gradient, and skip updates with a gradient that is not finite.
 
     A fused optimizer skips its update on the device if its `found_inf` is set (as torch's GradScaler does), so nothing
-    waits for the device; the host checks every iteration on a CPU, every `log_every` iterations on a GPU, and at the
-    end of an epoch.
+    waits for the device; the host checks every `log_every` iterations on a CUDA GPU, and at the end of an epoch. On a
+    CPU, and on MPS, where optimizers cannot skip an update, it checks before every update.
 
     Args:
         trainer: Engine of `create_trainer`.
@@ -75,8 +75,9 @@ def attach_grad_clipping(
     parameters = list(model.parameters())
     device = parameters[0].device
     max_norm, check_every = options.clip_grad_norm, device_check_interval(device, options.log_every)
-    # Iteration and learning rate of the first gradient that was not finite; 0 while there is none.
-    first_non_finite = torch.zeros(2, dtype=torch.float64, device=device)
+    # Iteration and learning rate of the first gradient that was not finite; 0 while there is none. MPS has no float64.
+    first_iteration = torch.zeros((), dtype=torch.int64, device=device)
+    first_lr = torch.zeros((), device=device)
 
     def clip_and_flag(engine: Engine) -> None:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -84,20 +85,22 @@ def attach_grad_clipping(
         if max_norm:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         is_non_finite = ~(norm < math.inf)  # also true for NaN
-        optimizer.found_inf = is_non_finite.float()  # type: ignore[attr-defined]
+        if skips_updates(device):
+            optimizer.found_inf = is_non_finite.float()  # type: ignore[attr-defined]
         if scaler.is_enabled():  # only overflows without a finite gradient in between count
-            first_non_finite.mul_(is_non_finite)
-        is_first = is_non_finite & (first_non_finite[0] == 0)
-        first_non_finite[0].masked_fill_(is_first, engine.state.iteration)
-        first_non_finite[1].masked_fill_(is_first, optimizer.param_groups[0]["lr"])
+            first_iteration.mul_(is_non_finite)
+        is_first = is_non_finite & (first_iteration == 0)
+        first_iteration.masked_fill_(is_first, engine.state.iteration)
+        first_lr.masked_fill_(is_first, optimizer.param_groups[0]["lr"])
         if engine.state.iteration % check_every == 0:
             raise_if_non_finite()
 
     def raise_if_non_finite() -> None:
-        iteration, lr = first_non_finite.tolist()
+        iteration = int(first_iteration)
         if iteration and scaler.get_scale() <= 1:
             epoch = math.ceil(iteration / (trainer.state.epoch_length or 1))
-            raise NonFiniteError(f"the gradient is not finite at epoch {epoch}, iteration {iteration:.0f}, lr {lr:.3g}")
+            lr = float(first_lr)
+            raise NonFiniteError(f"the gradient is not finite at epoch {epoch}, iteration {iteration}, lr {lr:.3g}")
 
     trainer.add_event_handler(TrainingEvents.BACKWARD_COMPLETED, clip_and_flag)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, raise_if_non_finite)

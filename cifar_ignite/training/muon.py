@@ -37,10 +37,10 @@ class Muon(SGD):
             conv_weights: Parameters of Muon, (out_channels, in_channels, height, width) each.
             muon_options: "lr", the step along each orthogonal direction, and "momentum", Nesterov's, in [0, 1).
             dtype: Dtype of the matrix products, float32 or bfloat16.
-            sgd_options: Options of SGD.
+            sgd_options: Options of SGD, which is fused unless they differ.
         """
         muon_group = {"params": conv_weights, "weight_decay": 0.0, **muon_options}
-        super().__init__([*groups, muon_group], fused=True, **sgd_options)
+        super().__init__([*groups, muon_group], **({"fused": True} | sgd_options))
         self.dtype = dtype
 
     @torch.no_grad()

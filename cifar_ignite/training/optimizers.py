@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_ignite.config import OptimizerConfig
+from cifar_ignite.training.device import skips_updates
 from cifar_ignite.training.muon import Muon
 
 
@@ -19,7 +20,8 @@ def find_conv_weights(model: nn.Module) -> list[Tensor]:
 def create_optimizer(config: OptimizerConfig, model: nn.Module, amp_dtype: torch.dtype) -> torch.optim.SGD:
     """Return SGD with a group of weights and a group of one-dimensional parameters, and a third one of Muon.
 
-    Fused, so that an update can be skipped on the device (see `handlers.attach_grad_clipping`).
+    Fused, so that an update can be skipped on the device (see `handlers.attach_grad_clipping`). Where it cannot be, a
+    gradient scaler must read from the device whether to skip it, which it does for an optimizer that is not fused.
 
     Args:
         config: Algorithm and hyperparameters.
@@ -36,9 +38,15 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module, amp_dtype: torch
             "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0,
         },
     ]
-    options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
+    is_fused = skips_updates(next(model.parameters()).device) or amp_dtype != torch.float16
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "fused": is_fused,
+    }
     if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, fused=True, **options)
+        optimizer = torch.optim.SGD(groups, **options)
     else:
         dtype = torch.bfloat16 if amp_dtype == torch.bfloat16 else torch.float32
         muon_options = {"lr": config.muon_lr, "momentum": config.muon_momentum}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torchvision.ops import StochasticDepth
 
+from cifar_ignite.augment.elementwise import memory_format
 from cifar_ignite.checkpointing.best_model import BestModelSaver, best_model_path
 from cifar_ignite.checkpointing.resume import ResumeState
 from cifar_ignite.checkpointing.run_record import RunRecord
@@ -149,7 +150,7 @@ class TrainingState:
 
 
 def create_initial_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
-    """Return the model with initial weights drawn from the seed, in channels_last on the device.
+    """Return the model with initial weights drawn from the seed, on the device and in its `memory_format`.
 
     Raises:
         InputError: If there is no such model, or the configuration requires something that it lacks.
@@ -163,7 +164,7 @@ def create_initial_model(config: Config, num_classes: int, device: torch.device)
         check_sync_batch_norm(device)
     if config.optimizer.name == "muon" and not find_conv_weights(model):
         raise InputError(f"optimizer.name: {config.model.name} has no convolution without a bias for Muon; use sgd")
-    return model.to(memory_format=torch.channels_last).to(device)
+    return model.to(memory_format=memory_format(device)).to(device)
 
 
 def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any) -> CheckpointSaver:

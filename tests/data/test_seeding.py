@@ -33,3 +33,12 @@ def test_seed_generators_repeats_random_numbers():
     first = torch.rand(3)
     seed_generators(5, torch.device("cpu"))
     assert torch.equal(torch.rand(3), first)
+
+
+def test_seed_generators_seeds_mps_only_on_mps(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    seed_generators(5, torch.device("cpu"))
+    assert seeds == []
+    seed_generators(6, torch.device("mps"))
+    assert seeds == [6]

@@ -67,6 +67,14 @@ def uninterrupted(job, train, uninterrupted_output):
     return next((uninterrupted_output / "training_runs").iterdir())
 
 
+def test_several_processes_on_apple_gpu_are_refused():
+    with (
+        pytest.raises(InputError, match=r"^device: 2 processes .*device=cpu"),
+        distributed_context(torch.device("mps"), DistEnv(world_size=2)),
+    ):
+        pass
+
+
 def current_rank():
     return int(os.environ.get("RANK", "0"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 
-from benchmarks.faults import diff_runs
+from benchmarks.run_diff import diff_runs
 from cifar_ignite.checkpointing.run_record import RunRecord
 
 REPOSITORY = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -45,10 +45,12 @@ class FakeCuda(FakeTensorMode):
     Checked with torch 2.11 and 2.14; torch documents FakeTensorMode but exports it from a private module only.
 
     Attributes:
+        kind: Type of the devices without data.
         reads_allowed: Whether the host may read from the device; all values are 0.
         copies_left: Number of copies to the device that are still allowed.
     """
 
+    kind = "cuda"
     avoid_device_init = True  # also on a machine with a GPU
 
     def __init__(self) -> None:
@@ -82,19 +84,23 @@ class FakeCuda(FakeTensorMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        check_operator(func, tensors, args)
+        self.check_operator(func, tensors, args)
         if func is aten._local_scalar_dense.default:
             self._check_read(func)
             return torch.zeros((), dtype=args[0].dtype).item()
         kinds = {tensor.device.type for tensor in tensors} if func in COPIES else set()
-        if target == "cpu" and "cuda" in kinds:
+        if target == "cpu" and self.kind in kinds:
             self._check_read(func)
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if target == "cuda" and "cpu" in kinds:
+        if target == self.kind and "cpu" in kinds:
             self._check_copy(func)
         if func.name().startswith("aten::_fused_sgd_"):  # torch cannot run it without data
             return None
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def check_operator(self, func: Any, tensors: list[Tensor], args: Any) -> None:
+        """Raise if an operator fails on such a device, or waits for it, where FakeTensorMode does not notice it."""
+        check_operator(func, tensors, args)
 
     def _check_read(self, func: Any) -> None:
         if not self.reads_allowed:
@@ -104,6 +110,9 @@ class FakeCuda(FakeTensorMode):
         self.copies_left -= 1
         if self.copies_left < 0:
             raise HostCopyError(f"{func} copies to the device")
+
+
+FakeMode = TypeVar("FakeMode", bound=FakeCuda)
 
 
 def check_operator(func: Any, tensors: list[Tensor], args: Any) -> None:
@@ -156,11 +165,18 @@ def fake_cuda() -> Iterator[FakeCuda]:
     with (
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-        patch.object(Tensor, "backward", set_zero_gradients),
+        fake_device(FakeCuda()) as mode,
     ):
+        yield mode
+
+
+@contextlib.contextmanager
+def fake_device(mode: FakeMode) -> Iterator[FakeMode]:
+    """Use fake tensors of `mode` inside the block, with gradients of zero."""
+    with patch.object(Tensor, "backward", set_zero_gradients):
         CACHED_TENSORS.clear()
         try:
-            with FakeCuda() as mode:
+            with mode:
                 yield mode
         finally:
             CACHED_TENSORS.clear()

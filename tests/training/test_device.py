@@ -15,22 +15,42 @@ from cifar_ignite.training.device import (
 )
 from tests.training.helpers import CPU
 
-CUDA = torch.device("cuda")
+CUDA, MPS = torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture
+def available(monkeypatch):
+    """A function that lets torch find GPUs of the named types only."""
+
+    def set_available(*kinds):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in kinds)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in kinds)
+
+    return set_available
 
 
 @pytest.mark.parametrize(
-    ("name", "has_gpu", "expected"),
-    [("auto", True, CUDA), ("auto", False, CPU), ("cpu", True, CPU), ("cpu", False, CPU), ("cuda", True, CUDA)],
+    ("name", "kinds", "expected"),
+    [
+        ("auto", ["cuda", "mps"], CUDA),
+        ("auto", ["cuda"], CUDA),
+        ("auto", ["mps"], MPS),
+        ("auto", [], CPU),
+        ("cpu", ["cuda", "mps"], CPU),
+        ("cuda", ["cuda"], CUDA),
+        ("mps", ["cuda", "mps"], MPS),
+    ],
 )
-def test_select_device_returns_gpu_if_there_is_one(monkeypatch, name, has_gpu, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+def test_select_device_returns_first_available(available, name, kinds, expected):
+    available(*kinds)
     assert select_device(name) == expected
 
 
-def test_select_device_refuses_missing_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize(("name", "kinds"), [("cuda", ["mps"]), ("mps", ["cuda"]), ("mps", [])])
+def test_select_device_refuses_missing_gpu(available, name, kinds):
+    available(*kinds)
     with pytest.raises(InputError, match=r"^device: "):
-        select_device("cuda")
+        select_device(name)
 
 
 def test_select_device_has_no_side_effects(monkeypatch):
@@ -111,6 +131,12 @@ def test_dtype_name_has_no_module():
     assert dtype_name(torch.bfloat16) == "bfloat16"
 
 
-def test_device_check_interval_is_one_on_cpu():
-    assert device_check_interval(CPU, 20) == 1
+def test_device_check_interval_is_one_unless_device_skips_updates_and_reads_cost():
+    assert device_check_interval(CPU, 20) == device_check_interval(MPS, 20) == 1
     assert device_check_interval(CUDA, 20) == 20
+
+
+def test_resolve_amp_dtype_is_float32_on_mps_unless_configured():
+    assert resolve_amp_dtype("auto", MPS) == torch.float32
+    assert resolve_amp_dtype("bf16", MPS) == torch.bfloat16
+    assert resolve_amp_dtype("fp16", MPS) == torch.float16

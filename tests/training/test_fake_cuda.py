@@ -3,7 +3,6 @@
 torch's backward pass needs a real device; its gradients are replaced by zeros.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,20 +16,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.export.passes import move_to_device_pass
 
 from cifar_ignite.augment import elementwise
-from cifar_ignite.checkpointing import best_model, savers
-from cifar_ignite.checkpointing.run_record import RunRecord
-from cifar_ignite.config_io import load_config
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.dataset import ImageDataset
-from cifar_ignite.data.synthetic import synthetic
 from cifar_ignite.evaluate import evaluate_model
 from cifar_ignite.evaluation import inference
 from cifar_ignite.evaluation.report import Evaluation
-from cifar_ignite.evaluation.trained_model import NormalizedModel, TrainedModel
+from cifar_ignite.evaluation.trained_model import NormalizedModel
 from cifar_ignite.export import example_images, export_program
 from cifar_ignite.training import handlers, loggers, state
 from cifar_ignite.training.state import create_initial_model
-from tests.helpers import REPOSITORY
 from tests.training.fake_cuda import (
     CUDA,
     HostCopyError,
@@ -38,35 +32,20 @@ from tests.training.fake_cuda import (
     fake_cuda,
     forbid_waiting,
 )
+from tests.training.fake_runs import (
+    CONFIGS,
+    LOG_EVERY,
+    PRECISIONS,
+    create_trained_model,
+    load_tiny_config,
+    prepare_training,
+    train_command,
+    with_loss_fault,
+    wrap,
+)
 from tests.training.helpers import CPU
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
-
-train_command = importlib.import_module("cifar_ignite.train")  # cifar_ignite.train is the function
-CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.json") if path.stem != "schema")
-PRECISIONS = ("fp32", "bf16", "fp16")
-LOG_EVERY = 3
-# Four iterations per epoch, of which the last has a smaller batch.
-OVERRIDES = (
-    "data.dataset=synthetic",
-    "data.synthetic.train_size=34",
-    "data.synthetic.test_size=14",
-    "data.val_size=20",
-    "data.batch_size=4",
-    "train.epochs=2",
-    "train.ema_decay=0.9",
-    f"train.log_every={LOG_EVERY}",
-)
-
-
-def load_tiny_config(recipe: str, *overrides: str) -> Any:
-    return load_config(REPOSITORY / "configs" / f"{recipe}.json", [*OVERRIDES, *overrides])
-
-
-def wrap(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replace a function by `change(function, *arguments)`."""
-    function = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: change(function, *args, **kwargs))
 
 
 @pytest.fixture
@@ -86,10 +65,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
             monkeypatch.setattr(handlers, "attach_stop_check", attach)
             train_command.train(config)
 
-    monkeypatch.setattr(train_command, "select_device", lambda name: CUDA)
-    # Fake tensors have no data to save.
-    monkeypatch.setattr(savers, "save_checkpoint", lambda path, checkpoint: path.touch())
-    monkeypatch.setattr(best_model, "promote_best_model", lambda source, target: "")
+    prepare_training(monkeypatch, CUDA)
     return run
 
 
@@ -121,10 +97,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluation]:
     """A function that evaluates a model, plain and with test-time augmentation, on fake CUDA tensors."""
 
     def run(tta: str, precision: str) -> Evaluation:
-        config = load_tiny_config("hybrid_best", f"precision={precision}")
-        dataset = synthetic(config.data, train=False)
-        record = RunRecord("run", config.model_dump(mode="json"), list(dataset.class_names))
-        trained = TrainedModel(Path("model.pth"), record, config, CUDA, create_initial_model(config, 10, CPU))
+        trained, dataset = create_trained_model(CUDA, precision)
         with fake_cuda() as mode:
 
             def create(function: Any, *args: Any) -> Any:
@@ -164,21 +137,6 @@ def test_exported_program_runs_on_device(dtype):
 
 
 # --- Planted faults: the tests above notice ------------------------------------------------------------------------
-
-
-def with_loss_fault(fault: Callable[[Tensor, Tensor], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Return a function that adds a fault, called with logits and targets, to the loss."""
-
-    def scale_loss(function: Any, *args: Any) -> Any:
-        loss_fn = function(*args)
-
-        def loss_with_fault(logits: Tensor, targets: Tensor) -> Tensor:
-            fault(logits.detach(), targets)
-            return loss_fn(logits, targets)
-
-        return loss_with_fault
-
-    return lambda monkeypatch: wrap(monkeypatch, state, "scale_loss", scale_loss)
 
 
 def check_gradient_each_iteration(monkeypatch: pytest.MonkeyPatch) -> None:

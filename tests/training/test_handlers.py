@@ -76,6 +76,19 @@ def test_grad_clipping_skips_update_with_sparse_checks(monkeypatch):
     assert "iteration 2" in error
 
 
+def test_grad_clipping_without_skipped_updates_stops_before_update(monkeypatch):
+    """As on MPS, where the optimizer must not find `found_inf`: the host checks before each update."""
+    monkeypatch.setattr(handlers, "skips_updates", lambda device: False)
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = create_sgd(model.parameters(), momentum=0.0, fused=False)
+    trainer = create_trainer(model, model, optimizer, lambda logits, targets: logits.sum(), NO_SCALER)
+    handlers.attach_grad_clipping(trainer, model, optimizer, NO_SCALER, TrainConfig(clip_grad_norm=None))
+    with pytest.raises(NonFiniteError, match="iteration 2"):
+        trainer.run([batch_with_gradient(value) for value in (1, math.nan, 1)], max_epochs=1)
+    assert torch.allclose(model.weight, torch.full((1, 2), 0.9))
+
+
 def test_grad_clipping_returned_check_raises_before_next_interval(monkeypatch):
     """Called before a checkpoint is saved, it must not wait for the next check."""
     monkeypatch.setattr(handlers, "device_check_interval", lambda device, log_every: log_every)

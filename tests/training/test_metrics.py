@@ -11,7 +11,7 @@ from cifar_ignite.config import AugmentConfig
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.loaders import EvalLoader
 from cifar_ignite.training.engines import create_evaluator
-from cifar_ignite.training.metrics import EpochTimer, attach_metrics
+from cifar_ignite.training.metrics import EpochTimer, Float64Loss, attach_metrics
 from tests.training.helpers import CPU
 
 
@@ -66,6 +66,21 @@ def test_loss_does_not_depend_on_order_of_batches():
 
     loss = run_with_metrics(mean, batches)["loss"]
     assert loss == run_with_metrics(mean, batches[::-1])["loss"] == sum(values) / 101
+
+
+def test_loss_reads_batches_only_when_mean_or_state_is_needed(monkeypatch):
+    """On a device, each read would wait for it."""
+    loss, reads, tolist = Float64Loss(nn.functional.mse_loss), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(len(tensor)) or tolist(tensor))
+    for value in (1.0, 2.0, 3.0):
+        loss.update((torch.full((4,), value), torch.zeros(4)))
+    assert reads == []
+    assert loss.compute() == (1 + 4 + 9) / 3
+    loss.update((torch.zeros(4), torch.zeros(4)))
+    ((state,),) = loss.state_dict().values()
+    assert state["_sum"].dtype == torch.float64
+    assert (float(state["_sum"]), state["_num_examples"]) == (4 * 14, 16)
+    assert reads == [3, 1]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from torch import nn
 
 from cifar_ignite.config import OptimizerConfig
 from cifar_ignite.models.registry import create_model
+from cifar_ignite.training import optimizers
 from cifar_ignite.training.optimizers import create_optimizer, find_conv_weights
 
 NAMES = pytest.mark.parametrize("name", ["sgd", "muon"])
@@ -66,3 +67,14 @@ def test_update_after_skipped_one_equals_first_update(name):
         results.append(list(model.parameters()))
         assert all(state["momentum_buffer"].isfinite().all() for state in optimizer.state.values())
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@NAMES
+@pytest.mark.parametrize(
+    ("skips", "amp_dtype", "is_fused"),
+    [(True, torch.float16, True), (False, torch.float16, False), (False, torch.float32, True)],
+)
+def test_optimizer_is_fused_unless_scaler_must_skip_updates_on_host(monkeypatch, name, skips, amp_dtype, is_fused):
+    monkeypatch.setattr(optimizers, "skips_updates", lambda device: skips)
+    optimizer = create_optimizer(OptimizerConfig(name=name), create_tiny_model(), amp_dtype)
+    assert {group["fused"] for group in optimizer.param_groups} == {is_fused}
