@@ -54,7 +54,7 @@ def evaluate_seed(config: Config) -> dict[str, float]:
 def train_once(config: Config) -> tuple[pd.DataFrame, float]:
     """Train, and return metrics.csv and the seconds of compilation."""
     result = train(config)
-    found = re.search(r"compiled in (\d+) s", (result.run_dir / "logs" / "training.log").read_text())
+    found = re.search(r"compiled in (\d+) s", (result.run_dir / "logs" / "training.log").read_text(encoding="utf-8"))
     return result.history, float(found[1]) if found else 0.0
 
 

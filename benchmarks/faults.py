@@ -79,7 +79,9 @@ class Training:
         """
         statuses = [wait(pid, RUN_TIMEOUT) for pid in self.start(output_dir)]
         if any(status != 0 for status in statuses):
-            raise RuntimeError(f"training ended with status {statuses}\n{self.log(output_dir).read_text()}")
+            raise RuntimeError(
+                f"training ended with status {statuses}\n{self.log(output_dir).read_text(encoding='utf-8')}"
+            )
         (config,) = output_dir.glob("training_runs/*/config.json")
         return config.parent
 
@@ -128,7 +130,9 @@ def train_with_interruptions(
         if event:
             events.append(f"{event} ({status})")
         elif status:
-            raise RuntimeError(f"training ended with status {status}\n{training.log(output_dir).read_text()}")
+            raise RuntimeError(
+                f"training ended with status {status}\n{training.log(output_dir).read_text(encoding='utf-8')}"
+            )
     return events, training.finish(output_dir)
 
 
@@ -239,7 +243,7 @@ def create_training(options: argparse.Namespace, scratch: Path) -> Training:
     config, overrides = options.config, list(options.overrides)
     if config is None:
         config = scratch / "tiny.json"
-        config.write_text("{}")
+        config.write_text("{}", encoding="utf-8")
         overrides = [*(f"{key}={value}" for key, value in TINY.items()), *overrides]
     words = [word for override in overrides for word in ("--set", override)]
     return Training(("train", "--config", str(config), *words), options.processes, options.threads)

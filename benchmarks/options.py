@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_ignite.errors import InputError, TrainingError
+from cifar_ignite.files import write_text
 
 
 def create_parser(name: str, description: str | None, config: str) -> argparse.ArgumentParser:
@@ -67,5 +68,5 @@ def create_out(out: Path | None, name: str) -> Path:
 def write_json(out: Path, result: dict[str, Any]) -> Path:
     """Write or replace {out}.json, and return its path."""
     path = out.with_name(f"{out.name}.json")
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return path

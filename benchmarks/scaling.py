@@ -55,7 +55,7 @@ def measure_row(options: argparse.Namespace, config: Config) -> None:
             **total_memory(),
         }
         if context.env.is_primary:
-            options.row.write_text(json.dumps(row))
+            options.row.write_text(json.dumps(row), encoding="utf-8")
 
 
 def measure_rate(setup: Setup, seconds: float, context: DistributedContext) -> float:
@@ -102,7 +102,7 @@ def median_ms(function: Callable[[], object], device: torch.device) -> float:
 def total_memory() -> dict[str, float]:
     """Return the memory of all ranks in MB: the sum of RSS, and of PSS, which counts a shared page once. Linux only."""
     path = Path("/proc/self/smaps_rollup")
-    lines = [line.split() for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()[1:]] if path.exists() else []
     kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
     return {f"{name} MB": float(idist.all_reduce(kilobytes.get(name, 0))) / 1000 for name in ("Rss", "Pss")}
 
@@ -137,7 +137,7 @@ def launch_row(count: int | None, options: argparse.Namespace, path: Path) -> di
     arguments += [word for override in options.overrides for word in ("--set", override)]
     words = [sys.executable, *torchrun, "-m", "benchmarks.scaling", *arguments]
     subprocess.run([str(word) for word in words], env=environ, check=True)
-    row: dict[str, float] = json.loads(path.read_text())
+    row: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return row
 
 

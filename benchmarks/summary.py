@@ -48,7 +48,7 @@ def summarize(directory: Path) -> pd.DataFrame:
     rows = []
     for pattern, create_rows in (("accuracy_*.json", accuracy_rows), ("throughput_*.json", throughput_rows)):
         for path in sorted(directory.glob(pattern)):
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(encoding="utf-8"))
             rows += [{"result": path.stem, "figure": name, "value": value} for name, value in create_rows(result)]
     if not rows:
         raise InputError(f"{directory}: no results of benchmarks")

@@ -106,7 +106,7 @@ def _flush(name: str) -> None:
     try:
         getattr(sys, name).flush()
     except (OSError, ValueError, AttributeError):
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _fail(status: int, message: object, should_report: bool | None = None) -> int:

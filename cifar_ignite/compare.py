@@ -44,9 +44,9 @@ def compare(overrides: Sequence[str] = ()) -> Path:
     log_differences(differences)
     with translate_write_errors(output_dir):
         with atomic_write(output_dir / "comparison.csv") as temp_path:
-            table.to_csv(temp_path, index=False)
+            table.to_csv(temp_path, index=False, lineterminator="\n")
         with atomic_write(output_dir / "comparison_differences.csv") as temp_path:
-            differences.to_csv(temp_path, index_label="key")
+            differences.to_csv(temp_path, index_label="key", lineterminator="\n")
         with atomic_write(output_dir / "comparison.png") as temp_path:
             plot_comparison(table, histories, temp_path)
     names = ("comparison.csv", "comparison.png", "comparison_differences.csv")
@@ -127,7 +127,7 @@ def load_latest_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     latest: dict[str, dict[str, Any]] = {}
     for path in reversed(list_files(directory, "*/metrics.json")):
         try:
-            metrics = json.loads(path.read_text())
+            metrics = json.loads(path.read_text(encoding="utf-8"))
             if "accuracy" in metrics:
                 check_accuracies(metrics)
                 latest[metrics["run"]] = metrics

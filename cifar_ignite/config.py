@@ -5,13 +5,16 @@ resumed run may change it. `config_io.py` reads configuration files; the JSON sc
 generated from these fields.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+
+from cifar_ignite.files import check_portable_name, check_windows_path
 
 
 class Resume(Enum):
@@ -22,9 +25,11 @@ class Resume(Enum):
 
 
 def _expand_user(path: Path) -> Path:
-    """Expand `~` and `~user`, and refuse what no file system accepts."""
+    """Expand `~` and `~user`, and refuse what the file system does not accept."""
     if "\0" in str(path):
         raise ValueError("a path cannot contain a null character")
+    if os.name == "nt":
+        check_windows_path(PureWindowsPath(path))
     try:
         return path.expanduser()
     except RuntimeError:
@@ -44,7 +49,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Directory = Annotated[Path, AfterValidator(_expand_user)]
+Name = Annotated[str, AfterValidator(check_portable_name)]
+# With forward slashes in JSON, which Windows accepts too, so that a run can be moved.
+Directory = Annotated[Path, AfterValidator(_expand_user), PlainSerializer(Path.as_posix, when_used="json")]
 Channels = tuple[float, float, float]
 
 
@@ -235,7 +242,7 @@ class Config(Section):
 
     seed: Seed = 0
     """seed of all randomness of the run"""
-    experiment: Annotated[str, Resume.SAFE] = Field("se", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    experiment: Annotated[Name, Resume.SAFE] = Field("se", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """name of the best model and of the evaluations"""
     output_dir: Annotated[Directory, Resume.SAFE] = Path("outputs")
     """directory of all outputs"""

@@ -157,8 +157,12 @@ def check_device() -> CheckResult:
         if torch.backends.mps.is_built():
             hint = "requires an Apple silicon Mac and a macOS version that this torch supports"
             return CheckResult("device", "warning", f"{message}; torch finds no Apple GPU", hint)
-        if torch.version.cuda and shutil.which("nvidia-smi"):
+        if shutil.which("nvidia-smi"):
             hint = "check that nvidia-smi lists one, and its driver version"
+            if not torch.version.cuda:  # as PyPI's torch for Windows
+                hint = (
+                    "install a torch and torchvision that are built with CUDA: https://pytorch.org/get-started/locally"
+                )
             return CheckResult("device", "warning", f"{message}; torch finds no GPU", hint)
         return CheckResult("device", "ok", message)
     except Exception as error:  # caused by an error that an earlier check reported

@@ -21,7 +21,7 @@ from cifar_ignite.evaluation.inference import create_inference_forward, create_t
 from cifar_ignite.evaluation.metrics import EvaluationResult, compute_metrics, format_per_class_table
 from cifar_ignite.evaluation.report import Evaluation, write_report
 from cifar_ignite.evaluation.trained_model import TrainedModel, check_fits, load_trained_model
-from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors
+from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors, write_text
 from cifar_ignite.training.environment import describe_environment
 from cifar_ignite.training.forward import Forward
 
@@ -114,8 +114,8 @@ def _write_files(evaluation: Evaluation, directory: Path) -> None:
     write_predictions(result, directory / "predictions.csv")
     if evaluation.tta_result:
         write_predictions(evaluation.tta_result, directory / f"predictions_tta_{evaluation.tta}.csv")
-    result.predictions.to_csv(directory / "details.csv", index=False, float_format="%.6f")
-    (directory / "metrics.json").write_text(json.dumps(evaluation.summary, indent=2) + "\n")
+    result.predictions.to_csv(directory / "details.csv", index=False, float_format="%.6f", lineterminator="\n")
+    write_text(directory / "metrics.json", json.dumps(evaluation.summary, indent=2) + "\n")
     link_checkpoint(evaluation.trained.path, directory / "model.pth")
     write_report(evaluation, directory)
 
@@ -130,15 +130,24 @@ def write_predictions(result: EvaluationResult, path: Path) -> None:
     """Write predictions.csv: ID and Labels (index of the predicted class), one row per image in dataset order."""
     indices = {name: index for index, name in enumerate(result.per_class.index)}
     labels = result.predictions["predicted"].map(indices)
-    pd.DataFrame({"ID": result.predictions["ID"], "Labels": labels}).to_csv(path, index=False)
+    table = pd.DataFrame({"ID": result.predictions["ID"], "Labels": labels})
+    table.to_csv(path, index=False, lineterminator="\n")
 
 
 def link_checkpoint(checkpoint: Path, link: Path) -> None:
-    """Create a relative symbolic link, so that `outputs` can be moved, or a copy if links are not supported."""
+    """Create a relative symbolic link, so that `outputs` can be moved; otherwise a hard link, otherwise a copy.
+
+    Windows requires a privilege for symbolic links; a path relative to another drive (ValueError), and hard links
+    between drives, do not exist. The target of a hard link stays valid: checkpoints are replaced, never changed.
+    """
+    source = checkpoint.resolve()
     try:
-        link.symlink_to(os.path.relpath(checkpoint.resolve(), link.parent.resolve()))
-    except OSError:
-        shutil.copyfile(checkpoint, link)
+        link.symlink_to(os.path.relpath(source, link.parent.resolve()))
+    except (OSError, ValueError):
+        try:
+            link.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, link)
 
 
 # --- Logging ------------------------------------------------------------------------------------------------------

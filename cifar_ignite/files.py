@@ -1,4 +1,4 @@
-"""Files and directories: atomic writes, fsync, stale temporary files, listings, unique directories."""
+"""Files and directories: atomic writes, fsync, stale temporary files, listings, unique directories, portable names."""
 
 import contextlib
 import errno
@@ -6,18 +6,25 @@ import glob
 import itertools
 import logging
 import os
+import re
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from cifar_ignite.errors import InputError
 
 TEMP_SUFFIX = ".tmp"
-# What file systems without fsync for directories answer (CIFS, FUSE, WSL), and Windows, which cannot open a directory.
+# What file systems without fsync for directories answer (CIFS, FUSE, WSL).
 NO_DIRECTORY_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR}
+# Windows refuses to replace or delete a file that another program has open, as virus scanners and viewers do: "access
+# denied" and "sharing violation". Seconds between attempts.
+WINDOWS_IN_USE = (5, 32)
+RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
+# Names that Windows does not accept for a file or directory, whatever follows after a dot.
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 # A run may rotate all of its checkpoints between listing their names and reading their times.
 LISTING_ATTEMPTS = 5
 
@@ -55,9 +62,47 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temp_path = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
         yield temp_path
-        os.replace(temp_path, path)
+        replace(temp_path, path)
     finally:
-        temp_path.unlink(missing_ok=True)
+        delete(temp_path)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or directory, replacing `target`; on Windows, retry while another program has it open."""
+    _retry_while_in_use(lambda: os.replace(source, target))
+
+
+def delete(path: Path) -> None:
+    """Delete a file if it exists; on Windows, one that another program keeps open remains, with a warning."""
+    try:
+        _retry_while_in_use(lambda: path.unlink(missing_ok=True))
+    except PermissionError as error:
+        if not _is_in_use(error):
+            raise
+        logger.warning("%s: not deleted, because another program has it open", path)
+
+
+def _retry_while_in_use(call: Callable[[], None]) -> None:
+    for delay in RETRY_DELAYS:
+        try:
+            return call()
+        except PermissionError as error:
+            if not _is_in_use(error):
+                raise
+            time.sleep(delay)
+    return call()
+
+
+def _is_in_use(error: PermissionError) -> bool:
+    return getattr(error, "winerror", None) in WINDOWS_IN_USE
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write text as UTF-8 with lines that end in \n, so that a file is the same on all platforms.
+
+    Characters that are not valid, such as those of a file name that is not UTF-8, become "?".
+    """
+    path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def fsync_file(path: Path) -> None:
@@ -69,8 +114,11 @@ def fsync_file(path: Path) -> None:
 def fsync_directory(directory: Path) -> None:
     """Flush a directory to the disk, so that a rename in it survives a power failure.
 
-    A file system that does not support this is logged once; the files themselves are flushed.
+    Windows cannot open a directory. A file system that does not support this is logged once. The files themselves are
+    flushed in any case.
     """
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
     try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -162,6 +210,30 @@ def create_unique_dir(parent: Path, name: str) -> Path:
 def timestamp() -> str:
     """Return the local time as it appears in the names of directories, for example 2026-01-31_09-30-00."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def check_portable_name(name: str) -> str:
+    """Return a name that every platform accepts for a file, so that runs can be moved.
+
+    Raises:
+        ValueError: If Windows does not accept it.
+    """
+    if WINDOWS_DEVICES.fullmatch(name):
+        raise ValueError(f"{name} is reserved by Windows, which runs may be moved to; choose another name")
+    if re.search(r'[<>:"|?*\x00-\x1f]', name) or name.endswith((".", " ")):
+        raise ValueError(f'{name!r} has one of the characters <>:"|?* or ends with a dot or a space; rename it')
+    return name
+
+
+def check_windows_path(path: PurePath) -> None:
+    """Check the names in a path, without its drive.
+
+    Raises:
+        ValueError: If Windows does not accept one of them; ":" would write to a hidden stream of the file before it.
+    """
+    for name in path.relative_to(path.anchor).parts:
+        if name != "..":
+            check_portable_name(name)
 
 
 @contextlib.contextmanager

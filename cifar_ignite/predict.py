@@ -89,7 +89,7 @@ def write_predictions(table: pd.DataFrame, config: Config) -> Path:
         path = directory / "predictions.csv"
         try:
             with atomic_write(path) as temp_path, _open_csv(temp_path) as file:
-                table.to_csv(file, index=False, float_format="%.6f")
+                table.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
         except BaseException:
             directory.rmdir()
             raise

@@ -43,6 +43,7 @@ from cifar_ignite.files import (
     remove_stale_temp_files,
     timestamp,
     translate_write_errors,
+    write_text,
 )
 from cifar_ignite.training.device import (
     enable_deterministic_algorithms,
@@ -209,7 +210,7 @@ def _create_or_clean(config: Config, run_dir: Path | None) -> Path:
             remove_stale_temp_files(directory)
         remove_stale_temp_files(config.output_dir / "best_models", older_than=STALE_AFTER_SECONDS)
         with atomic_write(run_dir / "config.json") as temp_path:
-            temp_path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
+            write_text(temp_path, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     return run_dir
 
 

@@ -21,6 +21,18 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.ones((), requires_grad=True).backward()
 torch.backends.mps.is_available = lambda: False  # tests run on the CPU of a Mac, too
 
+# Tests of what Windows does not have: make, fork, and paths of POSIX; single tests are marked `posix_only`.
+collect_ignore = (
+    [
+        "benchmarks/test_faults.py",
+        "distributed/test_process_group.py",
+        "test_makefile.py",
+        "test_makefile_variables.py",
+        "test_paths.py",
+    ]
+    if os.name == "nt"
+    else []
+)
 # Tests that start processes, train for seconds or compile; `make test-fast` leaves them out.
 SLOW = (
     "benchmarks/",

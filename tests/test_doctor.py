@@ -13,7 +13,7 @@ import torch
 
 from cifar_ignite import doctor
 from cifar_ignite.data import cifar10_files
-from tests.helpers import snapshot
+from tests.helpers import posix_only, snapshot
 
 
 def parse_lines(out):
@@ -92,6 +92,7 @@ def test_check_dataset_finds_what_training_finds(tmp_path, cifar_root, tiny_conf
     assert f"{cifar_root / 'cifar-10-batches-py'}: not the official files" in result.message
 
 
+@posix_only
 def test_check_dataset_reports_what_training_refuses(tmp_path, cifar_root, tiny_config):
     directory = cifar_root / "cifar-10-batches-py"
     (directory / "data_batch_3").write_bytes(b"damaged")
@@ -117,6 +118,7 @@ def test_check_dataset_with_official_archive_is_ok(tmp_path, tiny_config, monkey
     assert f"{path}: the official archive" in result.message
 
 
+@posix_only
 def test_check_disk_writes_and_deletes_probe_files(tmp_path, tiny_config, monkeypatch):
     def record(descriptor):
         written.add(os.path.dirname(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -147,6 +149,7 @@ def test_check_disk_reports_directory_that_cannot_be_written(tmp_path, tiny_conf
     assert result.message == f"cannot write to {tmp_path}: Read-only file system"
 
 
+@posix_only
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cifar_ignite.cli import main
 from cifar_ignite.models.registry import MODELS, format_model_table
-from tests.helpers import REPOSITORY, TINY
+from tests.helpers import REPOSITORY, TINY, posix_only
 
 FULL = Path("/dev/full")
 INLINE = "module://matplotlib_inline.backend_inline"
@@ -104,6 +104,7 @@ def test_closed_pipe_ends_quietly(command):
     assert done.stderr == ""
 
 
+@posix_only
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 @pytest.mark.parametrize(
     ("command", "status", "err"),
@@ -119,6 +120,7 @@ def test_full_disk_behind_stdout_is_at_most_one_line(command, status, err):
     assert (done.returncode, done.stderr) == (status, err)
 
 
+@posix_only
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["nosuchcommand"], ["train", "--config", "none.json"]], ids=" ".join)
 def test_full_disk_behind_stderr_keeps_exit_status(words):

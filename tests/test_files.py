@@ -12,8 +12,10 @@ import pytest
 from cifar_ignite import files
 from cifar_ignite.errors import InputError
 from tests.checkpointing.helpers import names_in
+from tests.helpers import posix_only
 
 
+@posix_only
 def test_path_predicates_report_what_is_there(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("/mnt/gone")
@@ -35,12 +37,14 @@ def assert_predicates_refuse(path):
         assert str(raised.value).startswith(str(path))
 
 
+@posix_only
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop"], ids=["long", "null", "loop"])
 def test_path_predicates_with_invalid_path_name_it(tmp_path, name):
     (tmp_path / "loop").symlink_to("loop")
     assert_predicates_refuse(tmp_path / name)
 
 
+@posix_only
 def test_path_predicates_without_permission_name_path(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
     user = os.geteuid()

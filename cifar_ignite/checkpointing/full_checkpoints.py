@@ -40,7 +40,7 @@ def read_run_config(run_dir: Path | None) -> dict[str, Any]:
     """
     path = (run_dir or Path()) / "config.json"
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except PermissionError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except (OSError, ValueError, TypeError):

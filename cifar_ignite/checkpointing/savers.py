@@ -16,6 +16,7 @@ from cifar_ignite.checkpointing.io import save_checkpoint
 from cifar_ignite.config import TrainConfig
 from cifar_ignite.distributed.collectives import all_reduce_max, check_interval
 from cifar_ignite.errors import TrainingError
+from cifar_ignite.files import delete
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class AtomicDiskSaver(DiskSaver):
         superseded, self._superseded = self._superseded - {filename}, set()
         save_checkpoint(Path(self.dirname) / filename, checkpoint)
         for name in superseded:
-            (Path(self.dirname) / name).unlink(missing_ok=True)
+            delete(Path(self.dirname) / name)
 
     def remove(self, filename: str) -> None:
         self._superseded.add(filename)
@@ -157,4 +158,4 @@ class CheckpointSaver:
         """Delete all but the latest two checkpoints on the disk, those of an interrupted run included."""
         last = Path(str(self._latest.last_checkpoint))
         for path in [path for path in list_checkpoints(self.saver.directory, "latest") if path != last][1:]:
-            path.unlink(missing_ok=True)
+            delete(path)

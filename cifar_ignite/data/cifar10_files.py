@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
 from cifar_ignite.errors import InputError
-from cifar_ignite.files import is_directory, path_exists, stat_path
+from cifar_ignite.files import is_directory, path_exists, replace, stat_path
 
 CIFAR10_DIR = CIFAR10.base_folder
 # Official md5 by file name; batches.meta is never read.
@@ -226,9 +226,12 @@ def download_cifar10(root: Path) -> None:
 def _install(directory: Path, extract: Callable[[str], object]) -> None:
     """Extract into a temporary directory and rename, unless another process has finished first."""
     try:
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as staging:
+        options = {"dir": directory.parent, "prefix": ".download-", "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(**options) as staging:
             extract(staging)
-            os.replace(Path(staging) / CIFAR10_DIR, directory)
+            with suppress(OSError):  # an empty directory, which Windows does not replace
+                directory.rmdir()
+            replace(Path(staging) / CIFAR10_DIR, directory)
     except Exception:
         if missing_files(directory) == list(OFFICIAL_MD5S):
             raise

@@ -21,6 +21,7 @@ from cifar_ignite.config_io import diff_from_defaults
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.evaluation.metrics import EvaluationResult, format_per_class_table, most_confident_errors
 from cifar_ignite.evaluation.trained_model import TrainedModel
+from cifar_ignite.files import write_text
 from cifar_ignite.plots import plot_confusion_matrix, plot_misclassified, plot_reliability, plot_training_curves
 from cifar_ignite.training.environment import Environment
 
@@ -91,8 +92,7 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         changed_keys=diff_from_defaults(record.config),
         config=json.dumps(record.config, indent=2),
     )
-    # The name of a test file may contain bytes that are not UTF-8.
-    (directory / "report.html").write_text(page, encoding="utf-8", errors="replace")
+    write_text(directory / "report.html", page)
 
 
 def _load_template() -> jinja2.Template:
@@ -146,7 +146,7 @@ def training_curves(history: Sequence[EpochMetrics], directory: Path) -> list[di
     """
     if not history:
         return []
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    with tempfile.TemporaryDirectory(dir=directory, ignore_cleanup_errors=True) as scratch:
         plot_training_curves(history, Path(scratch))
         sources = {name: data_uri((Path(scratch) / f"{name}.png").read_bytes()) for name in ("accuracy", "loss")}
     return [

@@ -183,7 +183,7 @@ def history_table(history: list[EpochMetrics]) -> pd.DataFrame:
 def write_history(history: list[EpochMetrics], path: Path) -> None:
     """Write metrics.csv atomically."""
     with atomic_write(path) as temp_path:
-        history_table(history).to_csv(temp_path, index=False)
+        history_table(history).to_csv(temp_path, index=False, lineterminator="\n")
 
 
 class TensorBoardLogger:
@@ -207,7 +207,7 @@ class TensorBoardLogger:
 
         if self._writer is None:
             shutil.rmtree(self.directory, ignore_errors=True)
-            self.directory.mkdir(parents=True)
+            self.directory.mkdir(parents=True, exist_ok=True)  # Windows keeps what a viewer has open
             self._writer = EventsWriter(str(self.directory / "events"))
         for metrics in history[self._written :]:
             for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""Stopping by SIGTERM, SIGINT or SIGUSR1: a signal sets a flag that the run checks after each iteration."""
+"""Stopping by SIGTERM, SIGINT, SIGUSR1 or SIGBREAK: a signal sets a flag that the run checks after each iteration."""
 
 import contextlib
 import math
@@ -13,8 +13,19 @@ from cifar_ignite.distributed.collectives import all_reduce_max
 from cifar_ignite.distributed.process_group import DistributedContext
 from cifar_ignite.errors import TrainingInterrupted
 
-# By convention 128 + signal number; SIGUSR1 is a batch system's advance notice, which is not a failure.
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 0}
+
+def exit_codes_by_signal() -> dict[signal.Signals, int]:
+    """Return the exit status after each signal that stops a run, of those that the platform has.
+
+    By convention it is 128 + signal number; SIGUSR1 is a batch system's advance notice, which is not a failure. Windows
+    has no SIGUSR1; there, SIGBREAK (Ctrl-Break, or a console that is closed) stands for SIGTERM, which no process can
+    send.
+    """
+    codes = {"SIGINT": 130, "SIGTERM": 143, "SIGBREAK": 143, "SIGUSR1": 0}
+    return {getattr(signal, name): code for name, code in codes.items() if hasattr(signal, name)}
+
+
+EXIT_CODES = exit_codes_by_signal()
 
 
 class StopRequested(Exception):

@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.summary import summarize
 from tests.benchmarks.helpers import run_benchmark
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, posix_only
 
 ACCURACY = {
     "seeds": [{}, {}],
@@ -62,6 +62,7 @@ def plan_of_gpu_script(tmp_path, **options) -> tuple[list[list[str]], subprocess
     return [line.split() for line in done.stdout.split("== doctor", 1)[0].splitlines()[1:]], done
 
 
+@posix_only
 def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_path):
     plan, done = plan_of_gpu_script(tmp_path, EPOCHS="30", RUNS="se_fast:2", CASES="128:on", BENCH="30")
     steps = ["doctor", "faults", "accuracy_se_fast", "throughput_128_on", "accuracy_stochastic_fast"]
@@ -71,6 +72,7 @@ def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_
     assert done.returncode == 1
 
 
+@posix_only
 def test_gpu_script_default_plan_reads_epochs_and_fits_ten_minutes(tmp_path):
     plan, _ = plan_of_gpu_script(tmp_path)
     assert plan[2][:2] == ["accuracy_se_fast", str(3 * (30 * 50_000 // 20_000 + 10))]

@@ -21,7 +21,7 @@ from cifar_ignite.checkpointing import io
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.training import handlers, loggers
 from cifar_ignite.training.engines import TrainingEvents
-from tests.helpers import REPOSITORY, assert_same_training, only_run
+from tests.helpers import REPOSITORY, assert_same_training, only_run, posix_only
 from tests.helpers.runs import STATEFUL, call_at_iteration, latest_checkpoint, raise_disk_full, set_options
 
 RESUME = ("--resume", "latest")
@@ -213,6 +213,7 @@ def test_non_finite_gradient_ends_run_and_resume_is_bit_identical(
 # --- Killed processes ---------------------------------------------------------------------------------------------
 
 
+@posix_only
 def test_runs_killed_at_random_moments_are_bit_identical():
     """The benchmark itself, shortened: 12 runs, stopped by SIGKILL, SIGTERM and SIGINT, also while saving."""
     done = subprocess.run(

@@ -19,7 +19,7 @@ from cifar_ignite.config import TrainConfig
 from cifar_ignite.config_io import load_config
 from cifar_ignite.errors import InputError
 from cifar_ignite.evaluation.trained_model import find_best_model
-from tests.helpers import only_run
+from tests.helpers import only_run, posix_only
 
 OLD, NEW = 100, 200
 
@@ -50,6 +50,7 @@ def hide_from_stat(monkeypatch, name):
 # --- Files --------------------------------------------------------------------------------------------------------
 
 
+@posix_only
 def test_list_files_skips_foreign_entries(tmp_path):
     kept = [write(tmp_path / "b_best.pth"), write(tmp_path / "a_best.pth")]
     add_foreign_entries(tmp_path, "x_best.pth")
@@ -88,6 +89,7 @@ def test_check_listable_accepts_missing_directory_and_refuses_file(tmp_path):
 # --- Best models --------------------------------------------------------------------------------------------------
 
 
+@posix_only
 def test_list_best_models_skips_foreign_entries(tmp_path):
     demo = write(tmp_path / "best_models" / "demo_best.pth")
     add_foreign_entries(demo.parent, "demo_best.pth")
@@ -96,6 +98,7 @@ def test_list_best_models_skips_foreign_entries(tmp_path):
         find_best_model(tmp_path, "se", lambda record: True)
 
 
+@posix_only
 def test_find_best_model_that_is_named_but_cannot_be_read_is_refused(tmp_path):
     write(tmp_path / "best_models" / "demo_best.pth")
     (tmp_path / "best_models" / "se_best.pth").symlink_to("gone")
@@ -106,6 +109,7 @@ def test_find_best_model_that_is_named_but_cannot_be_read_is_refused(tmp_path):
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
 
+@posix_only
 def test_full_checkpoints_skip_foreign_entries_and_copies(tmp_path):
     directory = tmp_path / "checkpoints"
     kept = [write(directory / "latest_000000008.pt", OLD + 1), write(directory / "epoch_0001.pt", OLD)]
@@ -123,6 +127,7 @@ def test_full_checkpoints_skip_rotated_file(tmp_path, monkeypatch):
     assert full_checkpoints(tmp_path) == [kept]
 
 
+@posix_only
 def test_rotation_keeps_files_that_it_did_not_write(tmp_path):
     backup, hidden = write(tmp_path / "latest_backup.pt"), write(tmp_path / "._latest_000000001.pt")
     (tmp_path / "latest_000000000.pt").symlink_to("gone")
@@ -136,6 +141,7 @@ def test_rotation_keeps_files_that_it_did_not_write(tmp_path):
     assert numbers == ["latest_000000003.pt", "latest_000000004.pt"]
 
 
+@posix_only
 def test_latest_run_skips_foreign_runs(tmp_path):
     config = write(tmp_path / "run" / "config.json", OLD, '{"experiment": "se"}')
     write(tmp_path / ".hidden" / "config.json", NEW, '{"experiment": "se"}')
@@ -149,6 +155,7 @@ def test_latest_run_skips_foreign_runs(tmp_path):
 # --- Compare ------------------------------------------------------------------------------------------------------
 
 
+@posix_only
 def test_compare_skips_foreign_entries(command, tiny_file, tmp_path):
     assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
     run_dir = only_run(tmp_path)
@@ -165,6 +172,7 @@ def test_compare_skips_foreign_entries(command, tiny_file, tmp_path):
     assert pd.read_csv(tmp_path / "outputs" / "comparison.csv")["run"].tolist() == [run_dir.name]
 
 
+@posix_only
 @pytest.mark.parametrize(
     "metrics",
     [

@@ -25,7 +25,7 @@ from cifar_ignite.data.cifar10_files import (
 )
 from cifar_ignite.errors import InputError
 from tests.data.helpers import md5s_of
-from tests.helpers import snapshot, write_batch
+from tests.helpers import posix_only, snapshot, write_batch
 
 ARCHIVE = cifar10_files.CIFAR10.filename
 
@@ -114,6 +114,7 @@ def test_find_cifar10_ignores_hidden_and_incomplete_directories(tmp_path, cifar_
     assert find_cifar10(tmp_path / "root") is None
 
 
+@posix_only
 def test_find_cifar10_with_several_copies_below_names_them(tmp_path, cifar_root):
     (tmp_path / "root").mkdir()
     for name in ("a", "b"):
@@ -125,6 +126,7 @@ def test_find_cifar10_with_several_copies_below_names_them(tmp_path, cifar_root)
     assert find_cifar10(tmp_path / "root").resolve() == tmp_path / "root" / "a" / CIFAR10_DIR
 
 
+@posix_only
 @pytest.mark.parametrize("name", ["x" * 300, "x\0y", "loop"], ids=["long", "null", "loop"])
 def test_load_cifar10_from_inaccessible_path_names_it(tmp_path, offline, name):
     (tmp_path / "loop").symlink_to("loop")

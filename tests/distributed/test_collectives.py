@@ -29,6 +29,7 @@ from cifar_ignite.models import create_model
 from cifar_ignite.training.engines import create_evaluator, scale_loss
 from cifar_ignite.training.forward import create_forward
 from cifar_ignite.training.metrics import attach_metrics
+from tests.helpers import posix_only
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(2, 3, 32, 32)
@@ -95,6 +96,7 @@ def test_synced_metrics_restore_what_they_saved():
         assert restored[name].compute() == metric.compute()
 
 
+@posix_only
 def test_collectives_combine_values_of_all_ranks(run_on_ranks):
     batches = create_batches(0, 6)
 
@@ -132,6 +134,7 @@ def test_collectives_combine_values_of_all_ranks(run_on_ranks):
         assert result["check_interval"] == 20
 
 
+@posix_only
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_gradients_of_two_ranks_equal_those_of_one_process(run_on_ranks, dtype, tolerance):
     """Up to rounding, in every batch of two epochs; the last batch has one image, so one shard is empty."""
@@ -163,6 +166,7 @@ def test_gradients_of_two_ranks_equal_those_of_one_process(run_on_ranks, dtype, 
         assert (gradient - single).norm() <= tolerance * single.norm()
 
 
+@posix_only
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_validation_metrics_of_several_ranks_equal_those_of_one_process(run_on_ranks, world_size):
     """Exactly, also if batches differ in size and some ranks have none in the last turn."""

@@ -10,6 +10,7 @@ from cifar_ignite.errors import InputError
 from cifar_ignite.evaluation import image_files, image_reading
 from cifar_ignite.evaluation.image_files import find_images, load_images, printable
 from tests.evaluation.helpers import smooth_image
+from tests.helpers import posix_only
 
 # --- Finding ------------------------------------------------------------------------------------------------------
 
@@ -41,6 +42,7 @@ def test_find_images_counts_hidden_and_system_entries_in_one_line(tmp_path, capl
     assert f"{tmp_path}: skipped 7 hidden or system entries (.DS_Store, ._a.png, .hidden)" in line
 
 
+@posix_only
 def test_find_images_follows_links_and_reads_each_directory_once(tmp_path):
     create_files(tmp_path, "root/a.png", "root/real/b.png", "elsewhere/c.png", "elsewhere/deep/d.png", "outside.png")
     links = {
@@ -74,6 +76,7 @@ def test_find_images_logs_directory_that_cannot_be_listed(tmp_path, monkeypatch,
         find_images([tmp_path / "private"])
 
 
+@posix_only
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -94,6 +97,7 @@ def test_find_images_rejects_path_that_cannot_be_read(tmp_path, name, message):
     assert "\n" not in str(caught.value)
 
 
+@posix_only
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="requires POSIX permissions")
 def test_find_images_rejects_path_without_permission(tmp_path):
     create_files(tmp_path, "private/a.png")
@@ -117,6 +121,7 @@ def test_load_images_without_files_returns_empty_tensor():
     assert images.shape == (0, 3, 32, 32)
 
 
+@posix_only
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
 def test_load_images_does_not_wait_for_named_pipe(tmp_path, caplog):
     os.mkfifo(tmp_path / "pipe")
@@ -124,6 +129,7 @@ def test_load_images_does_not_wait_for_named_pipe(tmp_path, caplog):
     assert caplog.messages == [f"{tmp_path}/pipe: not a regular file"]
 
 
+@posix_only
 def test_load_images_decides_by_content(tmp_path, caplog):
     """Images without an extension or with a wrong one are read; what is none gets a line."""
     image = Image.fromarray(smooth_image(40, 40))
@@ -150,5 +156,6 @@ def test_load_images_reports_lack_of_memory(tmp_path, monkeypatch, caplog, error
     assert "not enough memory" in message
 
 
+@posix_only
 def test_printable_replaces_what_does_not_fit_in_a_line():
     assert printable("a\nb\x1b\udce9é\u202f.png") == "a?b??é\u202f.png"

@@ -9,6 +9,7 @@ import torch
 from cifar_ignite.errors import InputError
 from cifar_ignite.evaluation import trained_model
 from cifar_ignite.evaluation.trained_model import find_best_model, load_trained_model
+from tests.helpers import posix_only
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def test_find_best_model_returns_latest_that_fits_otherwise_latest(trained_names
     assert find(directory, "a", lambda record: False) == "a_val_acc_none_best.pth"
 
 
+@posix_only
 def test_find_best_model_skips_files_that_cannot_be_loaded(trained_names, caplog):
     directory = trained_names("a_best.pth")
     trained_names("damaged_best.pth", "._a_best.pth", contents=b"x")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from ignite.engine import Engine, Events
 
 from benchmarks.run_diff import diff_runs
 from cifar_ignite.checkpointing.run_record import RunRecord
 
+posix_only = pytest.mark.skipif(os.name == "nt", reason="requires fork, signals, permissions or names of POSIX")
 REPOSITORY = Path(__file__).parents[2]
 TINY = {
     "experiment": "tiny",

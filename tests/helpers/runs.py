@@ -1,6 +1,5 @@
 """Command-line options of runs, and functions called in the middle of a run."""
 
-import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +40,7 @@ def call_at_iteration(
 
 def send_signal(signum: signal.Signals = signal.SIGTERM) -> None:
     """Send a real signal to this process."""
-    os.kill(os.getpid(), signum)
+    signal.raise_signal(signum)
 
 
 def raise_disk_full(*_: object, **__: object) -> None:

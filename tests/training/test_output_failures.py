@@ -8,7 +8,7 @@ import pytest
 from cifar_ignite import plots
 from cifar_ignite.training import loggers
 from cifar_ignite.training.loggers import WarnOnce, attach_loggers
-from tests.helpers import run_with_scores
+from tests.helpers import posix_only, run_with_scores
 
 ERRORS = [ValueError("not a backend\nsupported values are"), MemoryError(), ImportError("broken"), OSError(28, "full")]
 
@@ -59,6 +59,7 @@ def test_training_continues_if_import_fails(tmp_path, monkeypatch, caplog, modul
     assert len(warnings_in(caplog)) == 1
 
 
+@posix_only
 def test_log_file_replaces_what_is_not_utf8(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("cifar_ignite"), "propagate", False)  # reports of tests are UTF-8
     with loggers.log_file(tmp_path / "training.log"):

@@ -9,7 +9,7 @@ import pytest
 from cifar_ignite.distributed.env import DistEnv
 from cifar_ignite.distributed.process_group import DistributedContext
 from cifar_ignite.training import signals
-from cifar_ignite.training.signals import StopFlag, StopRequested, catch_signals
+from cifar_ignite.training.signals import EXIT_CODES, StopFlag, StopRequested, catch_signals, exit_codes_by_signal
 
 SINGLE = DistributedContext(DistEnv())
 
@@ -26,11 +26,11 @@ def test_first_signal_sets_flag_and_second_exits(exits):
     before = signal.getsignal(signal.SIGTERM)
     with catch_signals(SINGLE) as flag:
         flag.raise_if_set()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(StopRequested):
             flag.raise_if_set()
         assert exits == []
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert exits == [130]
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -65,7 +65,13 @@ def test_catch_signals_outside_main_thread_leaves_handlers_unchanged():
     assert flags == [(None, before)]
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
+def test_exit_codes_are_of_signals_that_windows_has(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1", raising=False)
+    monkeypatch.setattr(signal, "SIGBREAK", 21, raising=False)
+    assert exit_codes_by_signal() == {signal.SIGINT: 130, signal.SIGTERM: 143, 21: 143}
+
+
+@pytest.mark.parametrize(("signum", "status"), EXIT_CODES.items())
 def test_interruption_names_signal_and_progress(signum, status):
     flag = StopFlag(SINGLE)
     flag.on_signal(signum, None)
