@@ -152,7 +152,7 @@ def check_device() -> CheckResult:
             return CheckResult("device", "ok", f"{torch.cuda.get_device_name()}, {memory}, {precision}")
         if device.type == "mps":
             memory = f"{torch.mps.recommended_max_memory() / 1e9:.0f} GB usable"
-            return CheckResult("device", "ok", f"Apple GPU (MPS), {memory}, {precision}")
+            return CheckResult("device", "ok", f"{torch.backends.mps.get_name()} (MPS), {memory}, {precision}")
         message = f"CPU, {torch.get_num_threads()} threads, {precision}"
         if torch.backends.mps.is_built():
             hint = "requires an Apple silicon Mac and a macOS version that this torch supports"

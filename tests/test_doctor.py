@@ -174,9 +174,10 @@ def test_check_disk_with_unusable_path_names_it(tmp_path, tiny_config, name, rea
 def test_check_device_reports_apple_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.backends.mps.get_name", lambda: "Apple M2")
     monkeypatch.setattr("torch.mps.recommended_max_memory", lambda: 12_000_000_000)
     result = doctor.check_device()
-    assert (result.status, result.message) == ("ok", "Apple GPU (MPS), 12 GB usable, float32")
+    assert (result.status, result.message) == ("ok", "Apple M2 (MPS), 12 GB usable, float32")
 
 
 def test_check_device_warns_if_torch_cannot_use_apple_gpu(monkeypatch):

@@ -192,7 +192,7 @@ def test_text_files_have_an_encoding(tmp_path):
     assert check_encodings(REPOSITORY / "cifar_ignite", REPOSITORY / "benchmarks").returncode == 0
     fault = tmp_path / "fault.py"
     write_text(fault, "from pathlib import Path\n\nPath('x').read_text()\n")
-    assert "PLW1514" in check_encodings(fault).stdout
+    assert "fault.py" in check_encodings(fault).stdout
 
 
 def tables_without_line_end(source):
@@ -204,7 +204,7 @@ def tables_without_line_end(source):
 
 def test_csv_files_are_the_same_on_all_platforms():
     sources = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "cifar_ignite").rglob("*.py")]
-    assert sum(source.count("to_csv(") for source in sources) == 5
+    assert sum(source.count("to_csv(") for source in sources) == 6
     assert [line for source in sources for line in tables_without_line_end(source)] == []
     assert tables_without_line_end("a.to_csv(b, lineterminator='x')\nc.to_csv(d, index=False)") == [2]
 

@@ -226,8 +226,9 @@ def download_cifar10(root: Path) -> None:
 def _install(directory: Path, extract: Callable[[str], object]) -> None:
     """Extract into a temporary directory and rename, unless another process has finished first."""
     try:
-        options = {"dir": directory.parent, "prefix": ".download-", "ignore_cleanup_errors": True}
-        with tempfile.TemporaryDirectory(**options) as staging:
+        with tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=".download-", ignore_cleanup_errors=True
+        ) as staging:
             extract(staging)
             with suppress(OSError):  # an empty directory, which Windows does not replace
                 directory.rmdir()

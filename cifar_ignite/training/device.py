@@ -79,7 +79,7 @@ def precision_name(precision: str, device: torch.device) -> str:
 def skips_updates(device: torch.device) -> bool:
     """Return whether torch's fused optimizers skip an update on the device if their `found_inf` is set.
 
-    On MPS, torch refuses it or, before pull request 186360 of June 2026, ignores it.
+    On MPS, torch 2.11 ignores it, as all versions before torch's pull request 186360 do.
     """
     return device.type != "mps"
 
