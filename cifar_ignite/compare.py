@@ -177,7 +177,7 @@ def load_environments(run_dir: Path) -> list[dict[str, Any]]:
     """Return environment.json of a run; empty, with a warning if it is damaged, for a run without it."""
     path = run_dir / "environment.json"
     try:
-        return [dict(environment) for environment in json.loads(path.read_text())]
+        return [dict(environment) for environment in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError):

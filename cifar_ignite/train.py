@@ -225,7 +225,7 @@ def record_environment(state: TrainingState, run_dir: Path) -> None:
     logger.info("environment %s", format_environment(environment))
     if idist.get_rank() == 0:
         with translate_write_errors(run_dir), atomic_write(run_dir / "environment.json") as temp_path:
-            temp_path.write_text(json.dumps(state.record.environments, indent=2) + "\n")
+            write_text(temp_path, json.dumps(state.record.environments, indent=2) + "\n")
 
 
 @contextlib.contextmanager

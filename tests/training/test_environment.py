@@ -126,3 +126,8 @@ def test_cpu_model_without_a_name_is_the_architecture(monkeypatch, tmp_path, has
     monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
     assert cpu_model() in (platform.processor(), platform.machine())
     assert cpu_model()
+
+
+def test_device_name_of_mps_is_that_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2")
+    assert device_name(torch.device("mps")) == "Apple M2"
