@@ -2,8 +2,8 @@
 
     python fake_windows.py COMMAND OPTIONS [-- COMMAND OPTIONS ...]
 
-Libraries are imported before: what they do on Windows is theirs. Reading and writing text in the encoding of the
-platform is an error.
+Libraries are imported before, and what the standard library uses elsewhere is left. Reading and writing text in the
+encoding of the platform is an error.
 """
 
 import errno
@@ -21,7 +21,7 @@ import matplotlib.figure  # noqa: F401
 import pandas  # noqa: F401
 import torchvision.datasets  # noqa: F401
 
-MISSING_OS = ("fork", "geteuid", "getuid", "sysconf", "O_DIRECTORY", "mkfifo", "uname", "WNOHANG", "killpg")
+MISSING_OS = ("fork", "geteuid", "getuid", "sysconf", "O_DIRECTORY", "mkfifo", "uname", "killpg")
 MISSING_SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGKILL", "SIGHUP", "SIGALRM", "SIGQUIT", "pause", "alarm")
 MISSING_MODULES = ("fcntl", "grp", "posix", "pwd", "resource", "termios")
 ACCESS_DENIED, SHARING_VIOLATION, PRIVILEGE_NOT_HELD = 5, 32, 1314
