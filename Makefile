@@ -14,19 +14,13 @@ $(warning $(exported): exported in the environment, which is ignored; to set it:
 $(foreach name,$(exported),$(eval $(name) :=))
 endif
 
-# The active conda or virtual environment is used if the package is installed in it; otherwise .venv is created once.
+# PYTHON, by default that of the active environment, is used if the package is installed in it; otherwise .venv is
+# created once. Without the current directory (""), whose checkout would count as an installed package.
 PYTHON ?= python3
-active := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-# -I: without it, a checkout in the current directory would count as an installed package.
-is_installed := $(if $(active),$(shell '$(active)/bin/python' -I -c \
-	'import importlib.metadata as m; m.version("cifar-ignite")' 2>/dev/null && echo yes))
-ifeq ($(is_installed),yes)
-run := '$(active)/bin/python'
-environment :=
-else
-run := .venv/bin/python
-environment := .venv/.stamp
-endif
+is_installed := $(shell $(PYTHON) -c 'import sys; sys.path = [path for path in sys.path if path]; $\
+	import importlib.metadata as metadata; metadata.version("cifar-ignite")' 2>/dev/null && echo yes)
+run := $(if $(is_installed),$(PYTHON),.venv/bin/python)
+environment := $(if $(is_installed),,.venv/.stamp)
 
 # A variable as one word of the shell, whatever it contains. The spaces before -- belong to the words.
 escape = $(subst ','\'',$1)
@@ -54,11 +48,11 @@ help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 } /^## / { print substr($$0, 4) }' Makefile
 
 demo: $(environment) ## Install, train and evaluate on synthetic data, without a download, in a few minutes: EPOCHS= SEED=
-	$(run) -m cifar_ignite train --config configs/demo.json$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
+	$(run) -m cifar_ignite train --config demo$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)
 	$(run) -m cifar_ignite evaluate --model demo$(overrides)
 
 train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE=fast|best EPOCHS= SEED= RESUME=latest|PATH NPROC=
-	$(launch) -m cifar_ignite train --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
+	$(launch) -m cifar_ignite train --config '$(call escape,$(recipe))'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
 # The model of a target: MODEL= and RECIPE= name an experiment, CHECKPOINT= a file; otherwise the latest best model.
 trained = $(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)
@@ -92,13 +86,13 @@ docs: $(environment) ## Generate docs/configuration.md and configs/schema.json, 
 	PYTHONIOENCODING=utf-8 PYTHONOPTIMIZE= $(run) -m cifar_ignite schema > configs/.schema.json && mv configs/.schema.json configs/schema.json
 
 bench: $(environment) ## Measure images per second against a bare training step and a tutorial loop: MODEL= RECIPE= OUT=file
-	$(run) -m benchmarks.throughput --config 'configs/$(call escape,$(recipe)).json'$(overrides)$(call option,OUT,out)
+	$(run) -m benchmarks.throughput --config '$(call escape,$(recipe))'$(overrides)$(call option,OUT,out)
 
 accuracy: $(environment) ## Measure test accuracy over seeds, all training images: MODEL=se RECIPE=fast SEEDS=5 EPOCHS= OUT=file
-	$(run) -m benchmarks.accuracy --config 'configs/$(call escape,$(recipe)).json'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,SEEDS,seeds)$(call option,OUT,out)
+	$(run) -m benchmarks.accuracy --config '$(call escape,$(recipe))'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,SEEDS,seeds)$(call option,OUT,out)
 
 test: $(environment) ## Run the tests
-	@$(run) -c 'import pytest' || { echo "the active environment lacks the developer tools: pip install -e '.[dev]'" >&2; exit 2; }
+	@$(run) -c 'import pytest' || { echo "the developer tools are missing: $(run) -m pip install -e '.[dev]'" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(run) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-fast: $(environment) ## Run the tests that take milliseconds, in less than a minute
@@ -113,7 +107,7 @@ format: $(environment) ## Format the code
 	$(run) -m ruff check --fix .
 	$(run) -m ruff format .
 
-install: $(environment) ## Create .venv (other targets do it when needed): PYTHON= TORCH_INDEX=
+install: $(environment) ## Create .venv, as other targets do unless PYTHON= has the package: PYTHON= TORCH_INDEX=
 
 ## Everywhere: DATA_DIR=directory of cifar-10-batches-py, DATA=synthetic, OUTPUT_DIR=, SET="optimizer.lr=0.1 augment.erasing_scale=[0.02, 0.2]"
 

@@ -9,8 +9,8 @@ from cifar_ignite.config_io import load_config
 from tests.helpers import REPOSITORY
 
 
-def make(*arguments):
-    return subprocess.run(["make", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+def make(*arguments, cwd=REPOSITORY):
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_make_without_target_prints_help():
@@ -19,10 +19,27 @@ def test_make_without_target_prints_help():
         assert f"make {target}" in out
 
 
+def test_make_uses_python_that_has_the_package():
+    out = make("-n", "compare", f"PYTHON='{sys.executable}'").stdout
+    assert out == f"'{sys.executable}' -m cifar_ignite compare\n"
+
+
+def test_make_creates_venv_if_python_lacks_the_package(tmp_path):
+    """Whatever metadata the checkout contains; -S leaves the packages of this environment out."""
+    (tmp_path / "Makefile").write_bytes((REPOSITORY / "Makefile").read_bytes())
+    (tmp_path / "pyproject.toml").touch()
+    metadata = tmp_path / "cifar_ignite-1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: cifar-ignite\nVersion: 1\n")
+    out = make("-n", "compare", f"PYTHON='{sys.executable}' -S", cwd=tmp_path).stdout
+    assert f"'{sys.executable}' -S -m venv .venv\n" in out
+    assert out.endswith("\n.venv/bin/python -m cifar_ignite compare\n")
+
+
 def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
     output_dir = tmp_path / "it's here"
     done = make(
-        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}", f"VIRTUAL_ENV={sys.prefix}",
+        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}", f"PYTHON='{sys.executable}'",
         "SET=data.synthetic.train_size=80 data.val_size=20 model.width=2 train.log_every=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -34,8 +51,8 @@ def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        (["train", "MODEL=stochastic"], "--config 'configs/stochastic.json'"),
-        (["train", "MODEL=se", "RECIPE=fast"], "--config 'configs/se_fast.json'"),
+        (["train", "MODEL=stochastic"], "--config 'stochastic'"),
+        (["train", "MODEL=se", "RECIPE=fast"], "--config 'se_fast'"),
         (["train", "DATA=synthetic"], "--set experiment='se_synthetic'"),
         (["evaluate", "RECIPE=fast"], "--model 'se_fast'"),
         (["evaluate", "TTA=1"], "evaluate --tta 'flip'"),
@@ -48,10 +65,7 @@ def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
         (["doctor", "DATA_DIR=a b"], "doctor --set data.root='a b'"),
         (["tensorboard", "OUTPUT_DIR=a b"], "--logdir 'a b/training_runs'"),
         (["demo", "SET=data.val_size=9"], "evaluate --model demo --set 'data.val_size=9'"),
-        (
-            [".venv/.stamp", "TORCH_INDEX=https://a/b", "VIRTUAL_ENV=", "-B"],
-            "--index-url 'https://a/b' torch torchvision",
-        ),
+        ([".venv/.stamp", "TORCH_INDEX=https://a/b", "-B"], "--index-url 'https://a/b' torch torchvision"),
         (["train", "DATA=cifar10"], "--set data.dataset='cifar10'"),
         (["train", "RESUME=latest"], "--resume 'latest'"),
         (["train", "DATA_DIR=/a b/it's"], r"--set data.root='/a b/it'\''s'"),

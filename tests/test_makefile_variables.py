@@ -66,7 +66,7 @@ def test_predict_does_not_take_images_from_environment():
 
 def test_variable_of_command_line_is_used_although_the_environment_has_it():
     done = make("-n", "train", "MODEL=hybrid", MODEL="other")
-    assert "configs/hybrid.json" in done.stdout
+    assert "--config 'hybrid'" in done.stdout
     assert "exported" not in done.stderr
 
 
