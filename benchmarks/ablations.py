@@ -56,7 +56,8 @@ def run_all(configs: Sequence[Config], jobs: int) -> Iterator[float]:
 
 def initialize_worker(threads: int) -> None:
     """Set up logging and threads of a training process."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("cifar_ignite").setLevel(logging.WARNING)
     torch.set_num_threads(threads)
 
 

@@ -32,15 +32,15 @@ def main(arguments: Sequence[str] | None = None, **extra: Any) -> int:
     console = logging.StreamHandler(sys.stdout)
     console.handleError = lambda record: None  # type: ignore[method-assign]  # a closed stdout does not end a run
     package = logging.getLogger("cifar_ignite")
-    package.setLevel(logging.INFO)
-    # Ignite logs each exception that passes through an engine; it is printed once, in `_run`.
-    logging.getLogger("ignite").addHandler(logging.NullHandler())
+    level = package.level
     try:
         options = create_parser().parse_args(arguments)
+        package.setLevel(logging.INFO)
         package.addHandler(console)
         return _run(console, **vars(options), **extra)
     finally:
         package.removeHandler(console)
+        package.setLevel(level)
         _flush("stdout")
         _flush("stderr")
 

@@ -38,7 +38,10 @@ def compare(overrides: Sequence[str] = ()) -> Path:
     output_dir = parse_config({}, "--set", overrides).output_dir
     table, histories = load_runs(output_dir)
     if table.empty:
-        raise InputError(f"{output_dir / 'training_runs'}: no runs to compare; train one first: make train MODEL=se")
+        raise InputError(
+            f"{output_dir / 'training_runs'}: no runs to compare; "
+            "train one first: python -m cifar_ignite train --config se"
+        )
     differences = diff_settings({run: load_settings(output_dir / "training_runs" / run) for run in table["run"]})
     logger.info("%s\n", format_comparison(table).to_string(index=False))
     log_differences(differences)

@@ -62,7 +62,7 @@ def export(
             for file in export_dtype(model, dtype, directory / config.experiment, formats)
         ]
     if missing:
-        logger.info("no ONNX: %s not installed; pip install -e '.[onnx]'", ", ".join(missing))
+        logger.info("no ONNX: %s not installed; pip install %s", ", ".join(missing), " ".join(missing))
     class_names = trained.record.class_names
     logger.info("input: images (N, 3, 32, 32), uint8, or float32 in [0, 1]; output: logits (N, %d)", len(class_names))
     logger.info("class names: %s", ", ".join(class_names))

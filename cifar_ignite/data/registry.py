@@ -11,6 +11,7 @@ class DatasetLoader(Protocol):
     """A function that loads the labeled training or test set."""
 
     __name__: str
+    __qualname__: str
 
     def __call__(self, config: DataConfig, *, train: bool) -> ImageDataset: ...
 
@@ -25,9 +26,10 @@ def register_dataset(loader: DatasetLoader) -> DatasetLoader:
     images.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken. The same function replaces itself: a cell of a notebook is run again.
     """
-    if loader.__name__ in DATASETS:
+    registered = DATASETS.get(loader.__name__, loader)
+    if (registered.__module__, registered.__qualname__) != (loader.__module__, loader.__qualname__):
         raise ValueError(f"a dataset named {loader.__name__} is already registered")
     DATASETS[loader.__name__] = loader
     return loader

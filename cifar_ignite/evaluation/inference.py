@@ -7,7 +7,7 @@ import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
-from ignite.handlers import EpochOutputStore, ProgressBar
+from ignite.handlers import EpochOutputStore
 from ignite.metrics import ConfusionMatrix, TopKCategoricalAccuracy
 from ignite.metrics.confusion_matrix import cmPrecision, cmRecall
 from torch import Tensor
@@ -19,6 +19,7 @@ from cifar_ignite.evaluation.trained_model import TrainedModel
 from cifar_ignite.training.device import enable_deterministic_algorithms, resolve_amp_dtype, set_float32_precision
 from cifar_ignite.training.engines import create_evaluator
 from cifar_ignite.training.forward import Forward, create_forward
+from cifar_ignite.training.loggers import create_progress_bar
 from cifar_ignite.training.metrics import attach_metrics
 
 
@@ -67,8 +68,8 @@ def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset
     evaluator = create_evaluator(trained.model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
     outputs.attach(evaluator, "logits")
-    is_disabled = None if idist.get_rank() == 0 else True  # None: shown on a terminal only
-    ProgressBar(disable=is_disabled, dynamic_ncols=True).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
+    is_disabled = None if idist.get_rank() == 0 else True  # None: shown on a terminal or in a notebook only
+    create_progress_bar(disable=is_disabled).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
     if dataset.labels is not None:
         attach_metrics(evaluator, F.cross_entropy, trained.device)
         _attach_class_metrics(evaluator, len(trained.record.class_names), trained.device)

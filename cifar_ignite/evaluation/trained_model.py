@@ -206,7 +206,7 @@ def _best_models(output_dir: Path, model_name: str | None) -> list[Path]:
     if found:
         return found
     names = ", ".join(sorted(path.name.removesuffix("_best.pth") for path in available))
-    hint = f"available: {names}" if names else "train one first: make train MODEL=se"
+    hint = f"available: {names}" if names else "train one first: python -m cifar_ignite train --config se"
     wanted = f" of experiment {model_name!r}" if model_name else ""
     raise InputError(f"{output_dir / 'best_models'}: no best model{wanted}; {hint}")
 

@@ -24,9 +24,10 @@ def register_model(builder: ModelBuilder) -> ModelBuilder:
     be parameters or the keys of a TypedDict: `**options: Unpack[MyOptions]`.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken. The same function replaces itself: a cell of a notebook is run again.
     """
-    if builder.__name__ in MODELS:
+    registered = MODELS.get(builder.__name__, builder)
+    if (registered.__module__, registered.__qualname__) != (builder.__module__, builder.__qualname__):
         raise ValueError(f"a model named {builder.__name__} is already registered")
     MODELS[builder.__name__] = builder
     return builder

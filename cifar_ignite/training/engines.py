@@ -4,6 +4,7 @@ The training step is the same few lines whatever is attached to it: clipping, sc
 handlers. Steps return tensors on the device and never wait for it.
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,9 @@ from torch.optim import Optimizer
 
 from cifar_ignite.data.loaders import TrainLoader
 from cifar_ignite.training.forward import Forward
+
+# Ignite logs each exception that passes through an engine, which the caller gets anyway: not to stderr by default.
+logging.getLogger("ignite").addHandler(logging.NullHandler())
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import Metric
 from torch.optim import Optimizer
+from tqdm import TqdmExperimentalWarning, tqdm
 
 from cifar_ignite.checkpointing.run_record import EpochMetrics, RunRecord
 from cifar_ignite.config import Config
@@ -55,8 +57,15 @@ def has_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def create_progress_bar(**options: Any) -> ProgressBar:
+    """Return Ignite's progress bar, which is a widget in a notebook with ipywidgets; `options` are those of tqdm."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)  # that tqdm has detected the notebook
+        return ProgressBar(dynamic_ncols=True, **options)
+
+
 def attach_progress(trainer: Engine, metrics: dict[str, Metric], optimizer: Optimizer, every: int) -> None:
-    """Show loss, accuracy, learning rate and remaining time: a bar on a terminal, otherwise one line per minute.
+    """Show the progress of an epoch: as a bar on a terminal or in a notebook, otherwise one line per minute.
 
     Args:
         trainer: Engine of the training.
@@ -74,8 +83,9 @@ def attach_progress(trainer: Engine, metrics: dict[str, Metric], optimizer: Opti
 
     trainer.add_event_handler(event, update)
     if idist.get_rank() == 0:
-        if has_terminal():
-            ProgressBar(dynamic_ncols=True).attach(trainer, output_transform=lambda _: shown, event_name=event)
+        bar = create_progress_bar()
+        if has_terminal() or bar.pbar_cls is not tqdm:
+            bar.attach(trainer, output_transform=lambda _: shown, event_name=event)
         else:
             _ProgressLine(shown).attach(trainer, event)
 
@@ -116,7 +126,7 @@ def format_seconds(seconds: float) -> str:
 # --- After each epoch ---------------------------------------------------------------------------------------------
 
 
-def attach_loggers(trainer: Engine, record: RunRecord, logs: Path, figures_every: int) -> None:
+def attach_loggers(trainer: Engine, record: RunRecord, logs: Path, figures_every: int) -> Callable[[], None]:
     """After each epoch, log a line and write metrics.csv, TensorBoard events and, every few epochs, the figures.
 
     All of them are made from the record's history, so they agree with the checkpoints: a resumed run continues from its
@@ -127,9 +137,12 @@ def attach_loggers(trainer: Engine, record: RunRecord, logs: Path, figures_every
         record: Record with the history.
         logs: Directory of the run's logs.
         figures_every: Epochs between updates of the figures, which are also drawn at the end.
+
+    Returns:
+        Function that closes the files.
     """
     if idist.get_rank() != 0:
-        return
+        return lambda: None
     warn_once, tensorboard, timing = WarnOnce(), TensorBoardLogger(logs / "tensorboard"), _EpochLine(record)
 
     def plot() -> None:
@@ -147,6 +160,7 @@ def attach_loggers(trainer: Engine, record: RunRecord, logs: Path, figures_every
     trainer.add_event_handler(Events.STARTED, timing.start)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, log)
     trainer.add_event_handler(Events.COMPLETED, lambda: warn_once("figures", plot))
+    return lambda: warn_once("TensorBoard events", tensorboard.close)
 
 
 class _EpochLine:
@@ -218,14 +232,23 @@ class TensorBoardLogger:
             self._written += 1
         self._writer.flush()
 
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
 
 # --- The log of a run ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Write the package's log messages to a file too, with the time; if that fails, only to the terminal."""
+    """Write the package's log messages to a file too, with the time; if that fails, only to the terminal.
+
+    Unless the caller has set the level of the package's logger, it is INFO inside the block.
+    """
     package = logging.getLogger("cifar_ignite")
+    level = package.level
+    package.setLevel(level or logging.INFO)
     handler: logging.Handler = logging.NullHandler()
     try:
         if idist.get_rank() == 0:
@@ -240,6 +263,7 @@ def log_file(path: Path) -> Iterator[None]:
         yield
     finally:
         package.removeHandler(handler)
+        package.setLevel(level)
         with contextlib.suppress(OSError):
             handler.close()
 

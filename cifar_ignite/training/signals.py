@@ -33,7 +33,10 @@ class StopRequested(Exception):
 
 
 class StopFlag:
-    """Set by the first signal; the second exits the process at once (files are always valid).
+    """Set by the first signal; the second ends the run at once (files are always valid).
+
+    A second SIGINT of a single process raises KeyboardInterrupt, so that the kernel of a notebook survives; otherwise
+    the process exits: ranks must not wait for one that unwinds.
 
     Attributes:
         signum: Number of the signal; None before the first one.
@@ -47,6 +50,8 @@ class StopFlag:
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._received_at >= self._duplicate_window:
+            if signum == signal.SIGINT and self._group is None:
+                raise KeyboardInterrupt
             os._exit(128 + signum)
         self._received_at = min(self._received_at, time.monotonic())
         self.signum = self.signum or signum

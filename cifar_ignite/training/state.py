@@ -1,5 +1,6 @@
 """The objects of a run: created from the configuration, connected by handlers, saved and restored together."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class TrainingState:
         saver: Writes checkpoints and counts failures.
         best: Saves the best model.
         early_stopping: Handler that ends the run; None if the configuration has none.
+        closing: Closes the files of the run's logs.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class TrainingState:
         is_selected, patience = self.val_loader is not None, config.train.patience
         target = best_model_path(config.output_dir, config.experiment, selected=is_selected)
         self.best = BestModelSaver(self.eval_model, record, self.saver, target, is_selected=is_selected)
+        self.closing = contextlib.ExitStack()
         self.early_stopping: EarlyStopping | None = None
         if is_selected and patience:
             self.early_stopping = handlers.create_early_stopping(self.trainer, record, patience)
@@ -192,7 +195,7 @@ def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any
     state.best.attach(trainer)
     if state.early_stopping:
         handlers.attach_early_stopping(trainer, state.early_stopping)
-    loggers.attach_loggers(trainer, state.record, logs, options.checkpoint_every)
+    state.closing.callback(loggers.attach_loggers(trainer, state.record, logs, options.checkpoint_every))
 
     def check() -> None:
         check_gradient()
@@ -227,6 +230,8 @@ def run_training(
         state.saver.disallow_failures()
         checkpoints.save(trainer)
         raise flag.interruption(state.record.epoch, trainer.state.iteration) from None
+    finally:
+        state.closing.close()
     if all_reduce_max(state.saver.failures, group):
         state.saver.disallow_failures()
         checkpoints.save(trainer)

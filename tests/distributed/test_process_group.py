@@ -186,6 +186,22 @@ def test_dataset_is_loaded_by_local_rank_0_first(job, train, tmp_path, monkeypat
     assert statuses == [0, 0], log
 
 
+def test_train_returns_the_same_result_on_all_ranks(job, train, tmp_path, monkeypatch):
+    original = train_module.train
+
+    def write_result(**options):
+        result = original(**options)
+        text = f"{result}\n{result.history.to_csv()}"
+        (tmp_path / f"result_{os.environ['RANK']}").write_text(text)
+
+    monkeypatch.setattr(train_module, "train", write_result)
+    statuses, log = job(train(**{"train.epochs": 1}))
+    assert statuses == [0, 0], log
+    first, second = ((tmp_path / f"result_{rank}").read_text() for rank in range(2))
+    assert str(only_run(tmp_path) / "checkpoints" / "best_epoch_0001.pth") in first
+    assert [line.split(",")[:6] for line in first.splitlines()] == [line.split(",")[:6] for line in second.splitlines()]
+
+
 def test_evaluation_by_two_ranks_equals_that_by_one(command, job, tiny_file, tmp_path):
     assert command("train", "--config", tiny_file)[0] == 0
     evaluations, words = tmp_path / "outputs" / "evaluations", ["evaluate", "--tta", "shift"]

@@ -2,13 +2,16 @@
 
 import logging
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from cifar_ignite.config import AugmentConfig
 from cifar_ignite.errors import InputError
 from cifar_ignite.evaluation import trained_model
-from cifar_ignite.evaluation.trained_model import find_best_model, load_trained_model
+from cifar_ignite.evaluation.trained_model import NormalizedModel, find_best_model, load_model, load_trained_model
 from tests.helpers import posix_only
 
 
@@ -105,3 +108,36 @@ def test_load_trained_model_rejects_weights_of_another_configuration(command, ti
     command("train", "--config", tiny_file)
     with pytest.raises(InputError, match="tiny_best.pth: the weights do not match the configured hybrid_resnet"):
         load_trained_model(None, None, ["model.width=4"])
+
+
+# --- For use in other code ----------------------------------------------------------------------------------------
+
+
+def test_normalized_model_normalizes_uint8_and_float_images():
+    augment = AugmentConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    model = NormalizedModel(torch.nn.Flatten(), augment, ["a", "b"])
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = (images.numpy() / 255 - np.reshape([0.1, 0.2, 0.3], (3, 1, 1))) / np.reshape([0.5, 0.25, 1], (3, 1, 1))
+    assert np.allclose(model(images).numpy().reshape(expected.shape), expected, atol=1e-6)
+    assert torch.allclose(model(images / 255), model(images), atol=1e-6)
+    assert model.class_names == ("a", "b")
+
+
+def test_load_model_accepts_path_name_or_nothing(trained_names, tmp_path, monkeypatch):
+    directory = trained_names("b_best.pth", "a.v2_best.pth")
+    overrides = [f"output_dir={directory.parent}", "device=cpu"]
+    monkeypatch.chdir(directory)  # a file without a directory is a path, too
+    for source in (None, "a.v2", "a.v2_best.pth", directory / "b_best.pth", str(directory / "b_best.pth")):
+        model = load_model(source, overrides)
+        assert not model.training
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, len(model.class_names))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("c", "no best model of experiment 'c'; available: b"), ("./c.pth", "c.pth: no such"), (Path("c"), "c: no such")],
+)
+def test_load_model_that_is_missing_is_refused(trained_names, source, message):
+    directory = trained_names("b_best.pth")
+    with pytest.raises(InputError, match=message):
+        load_model(source, [f"output_dir={directory.parent}"])

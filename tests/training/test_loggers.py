@@ -9,6 +9,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from tensorboardX.event_file_writer import EventsWriter
+from tqdm import tqdm
 
 from cifar_ignite import plots
 from cifar_ignite.checkpointing.run_record import RunRecord
@@ -70,6 +71,16 @@ def test_progress_on_terminal_shows_bar(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "/6]" in err
     assert "lr=1.00e-01" in err
+
+
+@pytest.mark.filterwarnings("error")
+def test_progress_in_notebook_shows_bar_without_warning(monkeypatch, caplog, capsys):
+    """Although stderr is no terminal there; tqdm chooses the class of the bar when its module is imported."""
+    monkeypatch.setattr("tqdm.autonotebook.tqdm", type("Widget", (tqdm,), {}))
+    monkeypatch.setattr(loggers, "PROGRESS_LINE_SECONDS", 0)
+    run_with_progress()
+    assert "lr=1.00e-01" in capsys.readouterr().err
+    assert caplog.records == []
 
 
 def test_progress_of_other_ranks_is_silent(monkeypatch, caplog, capsys):
@@ -188,6 +199,16 @@ def test_log_file_receives_messages_of_package_with_time(tmp_path):
     (line,) = path.read_text().splitlines()
     assert line.endswith(" inside")
     assert line[:2] == "20"
+
+
+@pytest.mark.parametrize(("level", "num_lines"), [(logging.NOTSET, 1), (logging.WARNING, 0)])
+def test_log_file_receives_info_unless_the_caller_has_set_a_level(tmp_path, level, num_lines):
+    package = logging.getLogger("cifar_ignite")
+    package.setLevel(level)  # the fixture restores it
+    with loggers.log_file(tmp_path / "training.log"):
+        logging.getLogger("cifar_ignite.train").info("inside")
+    assert package.level == level
+    assert len((tmp_path / "training.log").read_text().splitlines()) == num_lines
 
 
 def test_log_file_that_cannot_be_opened_warns_and_continues(tmp_path, caplog):
