@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from cifar_ignite.augment.elementwise import CACHED_TENSORS
+from cifar_ignite.training import environment
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -172,8 +173,11 @@ def fake_cuda() -> Iterator[FakeCuda]:
 
 @contextlib.contextmanager
 def fake_device(mode: FakeMode) -> Iterator[FakeMode]:
-    """Use fake tensors of `mode` inside the block, with gradients of zero."""
-    with patch.object(Tensor, "backward", set_zero_gradients):
+    """Use fake tensors of `mode` inside the block, with gradients of zero; the device has a name."""
+    with (
+        patch.object(Tensor, "backward", set_zero_gradients),
+        patch.object(environment, "device_name", lambda device: "fake GPU"),
+    ):
         CACHED_TENSORS.clear()
         try:
             with mode:
