@@ -47,7 +47,7 @@ def measure_row(options: argparse.Namespace, config: Config) -> None:
     """Measure one row together with the other ranks; rank 0 writes it to `options.row`."""
     device = select_device(config.device)
     with distributed_context(device, dist_env_from_environ()) as context:
-        setup = create_setup(config, random_dataset(options.images))
+        setup = create_setup(config, random_dataset(options.images, config.data.image_size))
         row = {
             "images/s": measure_rate(setup, options.seconds, context),
             "augmentation ms": time_augmentation(setup),

@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, out: Path) -> Results:
     if (largest := max([config.data.batch_size, *options.batch_sizes])) > options.images:
         raise InputError(f"--images {options.images}: fewer than one batch of {largest}; use at least {largest}")
     memory_before = peak_memory()
-    setup = create_setup(config, random_dataset(options.images))
+    setup = create_setup(config, random_dataset(options.images, config.data.image_size))
     project_workload(setup, 3)()
     results = Results(create_title(setup), {"cpu": peak_memory() - memory_before} if memory_before else {})
     if device.type == "cuda":
@@ -176,7 +176,10 @@ def measure_pipeline_epochs(config: Config, sizes: list[int]) -> dict[str, float
     transform = create_train_transform(config.augment, len(CIFAR10_CLASSES), config.train.epochs)
     loaders = {
         f"{size} images": TrainLoader(
-            random_dataset(size).to(device), batch_size=config.data.batch_size, seed=0, transform=transform
+            random_dataset(size, config.data.image_size).to(device),
+            batch_size=config.data.batch_size,
+            seed=0,
+            transform=transform,
         )
         for size in sizes
     }

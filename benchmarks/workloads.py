@@ -11,8 +11,9 @@ from torch.amp import GradScaler
 
 from benchmarks.measuring import Workload
 from cifar_ignite.config import Config
+from cifar_ignite.data.batch_entries import CIFAR_SIZE
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
-from cifar_ignite.data.dataset import IMAGE_SIZE, ImageDataset, train_val_split
+from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader, create_loaders, shard_slice
 from cifar_ignite.distributed.collectives import wrap_ddp
 from cifar_ignite.training import handlers
@@ -33,10 +34,15 @@ from cifar_ignite.training.state import create_initial_model
 SCHEDULE_ITERATIONS = 10**9
 
 
-def random_dataset(count: int) -> ImageDataset:
-    """Return images of noise with random labels, on the CPU; the speed does not depend on the content of images."""
+def random_dataset(count: int, size: int = CIFAR_SIZE) -> ImageDataset:
+    """Return images of noise, like those of CIFAR-10, on the CPU; the speed does not depend on their content.
+
+    Args:
+        count: Number of images.
+        size: Side of the images in pixels.
+    """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, len(CIFAR10_CLASSES), (count,), generator=generator)
     return ImageDataset(images, labels, list(range(count)), CIFAR10_CLASSES)
 

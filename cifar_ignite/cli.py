@@ -129,7 +129,9 @@ class _Parser(argparse.ArgumentParser):
 
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; an option is named as the parameter of the function that it is passed to."""
-    parser = _Parser(prog="cifar_ignite", description="Train CIFAR-10 ResNets on PyTorch-Ignite.", allow_abbrev=False)
+    parser = _Parser(
+        prog="cifar_ignite", description="Train image-classification ResNets on PyTorch-Ignite.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: str, help_text: str) -> argparse.ArgumentParser:
@@ -145,7 +147,7 @@ def create_parser() -> argparse.ArgumentParser:
     _add_overrides(export)
     _add_overrides(add("compare", "compare.compare", "compare all runs in a table and a figure"))
     _add_overrides(add("doctor", "doctor.run_checks", "check installation, device, data and disk"))
-    add("models", "models.registry.format_model_table", "list the models with parameters and multiply-adds")
+    add("models", "list_models.list_models", "list the models with parameters and multiply-adds")
     add("schema", "config_io.format_config_schema", "print the JSON schema of configuration files")
     add("config-reference", "config_io.format_config_reference", "print a table of all configuration keys")
     return parser

@@ -11,7 +11,6 @@ import torch
 
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import flatten_dict, load_config, parse_config
-from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import atomic_write, check_listable, list_files, translate_write_errors
 from cifar_ignite.models import create_model
@@ -27,10 +26,11 @@ def compare(overrides: Sequence[str] = ()) -> Path:
         overrides: Strings `section.key=value`; `output_dir` is used.
 
     Returns:
-        comparison.csv in the output directory, with the columns run, experiment, model, parameters, epochs (completed),
-        planned, best_val_acc, test_acc and test_acc_tta (in [0, 1], of the latest evaluation; empty if there is none),
-        and images_per_second (median over the epochs). Next to it, comparison_differences.csv has one row for each key
-        of the configuration and of the environment that differs between the runs, and one column per run.
+        comparison.csv in the output directory, with the columns run, experiment, data, model, parameters, epochs
+        (completed), planned, best_val_acc, test_acc and test_acc_tta (in [0, 1], of the latest evaluation; empty if
+        there is none), and images_per_second (median over the epochs). Next to it, comparison_differences.csv has one
+        row for each key of the configuration and of the environment that differs between the runs, and one column per
+        run.
 
     Raises:
         InputError: If there is no run, the runs cannot be listed, or a file cannot be written.
@@ -71,7 +71,7 @@ def load_runs(output_dir: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
             histories[run_dir.name] = history
         except InputError as error:
             logger.warning("skipped: %s", error)
-    return pd.DataFrame(rows), histories
+    return pd.DataFrame(rows).astype({"parameters": "Int64"} if rows else {}), histories
 
 
 def load_history(run_dir: Path) -> pd.DataFrame:
@@ -107,8 +107,9 @@ def summarize_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, An
     return {
         "run": run_dir.name,
         "experiment": config.experiment,
+        "data": config.data.dataset,
         "model": config.model.name,
-        "parameters": count_parameters(config),
+        "parameters": count_parameters(config, run_dir / "classes.json"),
         "epochs": int(history["epoch"].max()),
         "planned": config.train.epochs,
         "best_val_acc": history["val_acc"].max(),
@@ -118,10 +119,19 @@ def summarize_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, An
     }
 
 
-def count_parameters(config: Config) -> int:
-    """Return the number of parameters of the configured model with ten classes, as every dataset has."""
+def count_parameters(config: Config, classes_path: Path) -> int | None:
+    """Return the number of parameters of a run's model, or None if the run has not recorded its classes.
+
+    Args:
+        config: Configuration of the run.
+        classes_path: classes.json of the run.
+    """
+    try:
+        num_classes = len(json.loads(classes_path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
     with torch.device("meta"):  # shapes only, without memory
-        model = create_model(num_classes=len(CIFAR10_CLASSES), **config.model.model_dump())
+        model = create_model(num_classes=num_classes, **config.model.model_dump())
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -150,8 +160,8 @@ def check_accuracies(metrics: dict[str, Any]) -> None:
 
 def format_comparison(table: pd.DataFrame) -> pd.DataFrame:
     """Return comparison.csv as text: headings in words, percentages, "–" for missing values."""
-    formatted = table[["run", "experiment", "model"]].copy()
-    formatted["parameters"] = table["parameters"].map("{:,}".format)
+    formatted = table[["run", "experiment", "data", "model"]].copy()
+    formatted["parameters"] = ["–" if pd.isna(count) else f"{count:,.0f}" for count in table["parameters"]]
     formatted["epochs"] = [f"{done}/{planned}" for done, planned in zip(table["epochs"], table["planned"], strict=True)]
     for name, heading in {"best_val_acc": "best validation", "test_acc": "test", "test_acc_tta": "test, TTA"}.items():
         formatted[heading] = ["–" if pd.isna(value) else f"{value:.2%}" for value in table[name]]

@@ -16,12 +16,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from cifar_ignite.files import check_portable_name, check_windows_path
 
+from cifar_ignite.errors import InputError
+
 
 class Resume(Enum):
     """What a changed key means for a resumed run; a key without this marker changes what is trained."""
 
     SAFE = "changes where and how training runs, not what is trained"
     OPTIMIZER_LAYOUT = "changes the order of the parameters in the optimizer's state"
+    RESOLVED = "null leaves the value to the data; a run records the value"
 
 
 def _expand_user(path: Path) -> Path:
@@ -53,6 +56,7 @@ Name = Annotated[str, AfterValidator(check_portable_name)]
 # With forward slashes in JSON, which Windows accepts too, so that a run can be moved.
 Directory = Annotated[Path, AfterValidator(_expand_user), PlainSerializer(Path.as_posix, when_used="json")]
 Channels = tuple[float, float, float]
+PositiveChannels = tuple[Positive, Positive, Positive]
 
 
 class Section(BaseModel):
@@ -76,15 +80,21 @@ class DataConfig(Section):
     """The dataset, its split and the batches."""
 
     dataset: str = "cifar10"
-    """name of the dataset: `cifar10` or `synthetic`"""
+    """name of the dataset: `cifar10`, `cifar100`, `folder` (your own images, see docs/datasets.md) or `synthetic`"""
     root: Annotated[Directory, Resume.SAFE] = Path("data")
-    """directory that contains `cifar-10-batches-py` or its official archive, or that it is downloaded to"""
+    """directory of the dataset: it contains the official files of CIFAR or their archive, or they are downloaded to it;
+    for `folder`, it contains `train`"""
+    image_size: int = Field(32, ge=8, le=1024)
+    """side of the images in pixels; `folder` resizes the center square of each image to it"""
     batch_size: Count = 128
     """images per batch, over all processes"""
-    val_size: int = Field(5_000, ge=0)
-    """training images held out for validation, stratified by class; 0 trains on all"""
+    val_size: Annotated[Annotated[int, Field(ge=0)] | None, Resume.RESOLVED] = None
+    """training images held out for validation, stratified by class; null is a tenth of them, or the directory `val` of
+    a `folder`; 0 trains without validation"""
     split_seed: Seed = 0
     """seed of the validation split; runs with the same value are comparable"""
+    max_unreadable: int = Field(0, ge=0)
+    """image files of a `folder` that may be unreadable, in each of its splits; they are listed and left out"""
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -95,7 +105,7 @@ class AugmentConfig(Section):
     """probability of a horizontal flip"""
     flip_mode: Literal["random", "alternating"] = "random"
     """`random`, or `alternating`: each image in every second epoch, whatever `flip_p`"""
-    crop_padding: int = Field(0, ge=0, lt=32)
+    crop_padding: int = Field(0, ge=0)
     """padding in pixels before a random crop to the original size; 0 is off"""
     padding_mode: Literal["constant", "reflect"] = "reflect"
     """padding of the random crop: `reflect` or `constant` (black)"""
@@ -121,7 +131,7 @@ class AugmentConfig(Section):
     """smallest and largest area of the erased box, as a fraction of the image"""
     erasing_ratio: tuple[Positive, Positive] = (0.3, 3.3)
     """smallest and largest height / width of the erased box"""
-    cutout_size: Annotated[int, StrongOff(0)] = Field(0, ge=0, le=32)
+    cutout_size: Annotated[int, StrongOff(0)] = Field(0, ge=0)
     """side in pixels of the square cut out of every image; 0 is off"""
     cutmix_p: StrongProbability = 0.7
     """probability of CutMix per batch"""
@@ -133,10 +143,22 @@ class AugmentConfig(Section):
     """parameter of the Beta(alpha, alpha) distribution of the MixUp weight"""
     strong_off_fraction: Probability = 0.0
     """fraction of the epochs, at the end, with flip and crop only"""
-    mean: Channels = (0.4914, 0.4822, 0.4465)
-    """mean per channel, in [0, 1], subtracted from all images"""
-    std: tuple[Positive, Positive, Positive] = (0.2023, 0.1994, 0.2010)
-    """standard deviation per channel, in [0, 1], that all images are divided by"""
+    mean: Annotated[Channels | None, Resume.RESOLVED] = (0.4914, 0.4822, 0.4465)
+    """mean per channel, in [0, 1], subtracted from all images; null is that of the training images"""
+    std: Annotated[PositiveChannels | None, Resume.RESOLVED] = (0.2023, 0.1994, 0.2010)
+    """standard deviation per channel, in [0, 1], that all images are divided by; null is that of the training images"""
+
+    @property
+    def normalization(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation per channel.
+
+        Raises:
+            InputError: If one is null: only a training computes it.
+        """
+        if self.mean is None or self.std is None:
+            name = "mean" if self.mean is None else "std"
+            raise InputError(f"augment.{name}: null is computed by training only; give three numbers")
+        return self.mean, self.std
 
     @model_validator(mode="after")
     def _check_ranges(self) -> "AugmentConfig":
@@ -273,6 +295,15 @@ class Config(Section):
             raise ValueError('compile="on" is incompatible with train.sync_batch_norm; use "auto" or "off"')
         return self
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "Config":
+        size, padding, cutout = self.data.image_size, self.augment.crop_padding, self.augment.cutout_size
+        if padding >= size:
+            raise ValueError(f"augment.crop_padding: {padding} pixels must be less than data.image_size ({size})")
+        if cutout > size:
+            raise ValueError(f"augment.cutout_size: {cutout} pixels must be at most data.image_size ({size})")
+        return self
+
 
 def iterate_fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, pydantic field) for every key of a section and its subsections."""
@@ -289,6 +320,7 @@ def _keys_with(marker: Resume) -> frozenset[str]:
 
 RESUME_SAFE_KEYS = _keys_with(Resume.SAFE)
 OPTIMIZER_LAYOUT_KEYS = _keys_with(Resume.OPTIMIZER_LAYOUT)
+RESOLVED_KEYS = _keys_with(Resume.RESOLVED)
 STRONG_AUGMENT_OFF = {
     key: mark.value
     for key, field in iterate_fields(AugmentConfig)

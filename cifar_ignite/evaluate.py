@@ -72,7 +72,9 @@ def evaluate(
 
 def load_test_set(trained: TrainedModel, test_file: Path | None) -> ImageDataset:
     """Load an unlabeled test file, or the test set that the configuration of the model names."""
-    return load_unlabeled_test_set(test_file) if test_file else load_dataset(trained.config.data, train=False)
+    if test_file:
+        return load_unlabeled_test_set(test_file)
+    return load_dataset(trained.config.data, train=False, device=trained.device)
 
 
 def evaluate_model(trained: TrainedModel, dataset: ImageDataset, dataset_name: str, tta: str | None) -> Evaluation:

@@ -59,32 +59,35 @@ def export(
         files = [
             file
             for dtype in (torch.uint8, torch.float32)
-            for file in export_dtype(model, dtype, directory / config.experiment, formats)
+            for file in export_dtype(
+                model, example_images(config.data.image_size, dtype), directory / config.experiment, formats
+            )
         ]
     if missing:
         logger.info("no ONNX: %s not installed; pip install %s", ", ".join(missing), " ".join(missing))
     class_names = trained.record.class_names
-    logger.info("input: images (N, 3, 32, 32), uint8, or float32 in [0, 1]; output: logits (N, %d)", len(class_names))
+    size = config.data.image_size
+    logger.info(
+        "input: images (N, 3, %d, %d), uint8, or float32 in [0, 1]; output: logits (N, %d)",
+        *(size, size, len(class_names)),
+    )
     logger.info("class names: %s", ", ".join(class_names))
     return files
 
 
-def export_dtype(
-    model: NormalizedModel, dtype: torch.dtype, prefix: Path, formats: dict[str, SaveProgram]
-) -> list[Path]:
+def export_dtype(model: NormalizedModel, images: Tensor, prefix: Path, formats: dict[str, SaveProgram]) -> list[Path]:
     """Export a model for images of one dtype, in several formats.
 
     Args:
         model: Model in eval mode, on the CPU.
-        dtype: uint8 or float32.
+        images: Images that the programs are verified with; see `example_images`.
         prefix: Path of the files without "_{dtype}{extension}".
         formats: Function that saves a program, by file extension.
     """
-    images = example_images(max(VERIFIED_BATCH_SIZES), dtype)
     program = export_program(model, images)
     files = []
     for extension, save in formats.items():
-        files.append(prefix.with_name(f"{prefix.name}_{dtype_name(dtype)}{extension}"))
+        files.append(prefix.with_name(f"{prefix.name}_{dtype_name(images.dtype)}{extension}"))
         export_and_verify(save, program, model, images, files[-1])
     return files
 
@@ -115,9 +118,10 @@ def max_logit_diff(model: nn.Module, program: Callable[[Tensor], Tensor], images
     return max((model(batch) - program(batch)).abs().max().item() for batch in batches)
 
 
-def example_images(count: int, dtype: torch.dtype) -> Tensor:
-    """Return images of the synthetic dataset: (count, 3, 32, 32), uint8, or float32 in [0, 1]."""
-    images = make_synthetic(SyntheticConfig(test_size=count), train=False).images
+def example_images(size: int, dtype: torch.dtype) -> Tensor:
+    """Return images of the synthetic dataset: (N, 3, size, size), uint8, or float32 in [0, 1]."""
+    count = max(VERIFIED_BATCH_SIZES)
+    images = make_synthetic(SyntheticConfig(test_size=count), train=False, size=size).images
     return images if dtype == torch.uint8 else images.float() / 255
 
 

@@ -11,8 +11,8 @@ import pandas as pd
 
 from cifar_ignite.config import Config
 from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.image_files import find_images, load_images, printable
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation.image_files import find_images, load_images, printable
 from cifar_ignite.evaluation.inference import create_inference_forward, create_tta_forward, run_inference
 from cifar_ignite.evaluation.metrics import prediction_table
 from cifar_ignite.evaluation.trained_model import load_trained_model
@@ -62,7 +62,10 @@ def predict(
     trained = load_trained_model(checkpoint, model_name, overrides)
     named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     files = find_images(named)
-    readable, images = load_images(files)
+    images, unreadable = load_images(files, trained.config.data.image_size)
+    for file, reason in unreadable.items():
+        logger.warning("%s: %s", printable(file), printable(reason))
+    readable = [file for file in files if file not in unreadable]
     if not readable:
         raise InputError(f"{printable(named[0])}: none of {len(files)} files is a readable image")
     class_names = tuple(trained.record.class_names)

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import pandas as pd
+import torch
 from torch import nn
 
 from cifar_ignite.checkpointing.best_model import run_best_model
@@ -21,6 +23,7 @@ from cifar_ignite.config_io import parse_config
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import create_loaders
 from cifar_ignite.data.registry import load_dataset
+from cifar_ignite.data.resolving import resolve_config
 from cifar_ignite.distributed.collectives import broadcast_from_rank0
 from cifar_ignite.distributed.env import DistEnv, dist_env_from_environ
 from cifar_ignite.distributed.process_group import (
@@ -149,19 +152,21 @@ def _train(
     device = select_device(config.device)
     # An invalid model is refused before the dataset is downloaded, although only the dataset has the number of classes.
     create_initial_model(config, num_classes=1, device=device)
-    with idist.one_rank_first(local=True):  # the others find what the first one downloaded
-        dataset = load_dataset(config.data, train=True)
-    train_set, val_set = train_val_split(dataset, config.data.val_size, config.data.split_seed)
-    model = create_initial_model(config, dataset.num_classes, device)
+    train_set, val_set = load_splits(config, device)
+    config = resolve_config(config, train_set, val_set)
+    class_names, val_fingerprint = list(train_set.class_names), val_set.fingerprint
+    model = create_initial_model(config, train_set.num_classes, device)
     loaders = create_loaders(config, train_set, val_set, device)
     if resume:
+        resume.check_same_data(class_names, val_fingerprint)
         resume.check_compatible(model, len(loaders[0]))
     # A signal before this line exits the process at once: there is nothing to save.
     with catch_signals(context) as flag:
-        run_dir = open_run_dir(config, resume.run_dir if resume else None, context.env)
+        run_dir = open_run_dir(config, class_names, resume.run_dir if resume else None, context.env)
         with log_file(run_dir / "logs" / "training.log"), append_latest_checkpoint(run_dir):
             log_start(config, model, (train_set, val_set), run_dir, resume)
-            record = RunRecord(run_dir.name, config.model_dump(mode="json"), list(dataset.class_names))
+            tree = config.model_dump(mode="json")
+            record = RunRecord(run_dir.name, tree, class_names, val_fingerprint=val_fingerprint)
             state = TrainingState(config, model, loaders, record, run_dir / "checkpoints")
             checkpoints = attach_handlers(state, run_dir / "logs", flag, context.cpu_group)
             if resume:
@@ -178,14 +183,22 @@ def _train(
     return TrainResult(run_dir, Path(best_model) if best_model else None, history_table(record.history))
 
 
+def load_splits(config: Config, device: torch.device) -> tuple[ImageDataset, ImageDataset]:
+    """Load the training set of the configured dataset; return the images for training and for validation."""
+    with idist.one_rank_first(local=True):  # the others find what the first one downloaded
+        dataset = load_dataset(config.data, train=True, device=device)
+    return train_val_split(dataset, config.data.val_size, config.data.split_seed)
+
+
 # --- The run directory --------------------------------------------------------------------------------------------
 
 
-def open_run_dir(config: Config, run_dir: Path | None, env: DistEnv) -> Path:
+def open_run_dir(config: Config, class_names: list[str], run_dir: Path | None, env: DistEnv) -> Path:
     """Return the run directory to all ranks, created or cleaned by rank 0.
 
     Args:
         config: Resolved configuration, written to config.json.
+        class_names: Names in label order, written to classes.json.
         run_dir: Directory of a resumed run; None creates one named by the time.
         env: Place of this process.
 
@@ -195,6 +208,8 @@ def open_run_dir(config: Config, run_dir: Path | None, env: DistEnv) -> Path:
 
     def open_on_rank0() -> str:
         opened = _create_or_clean(config, run_dir)
+        write_json(opened / "config.json", config.model_dump(mode="json"))
+        write_json(opened / "classes.json", class_names)
         publish_run_dir(opened, env)
         return str(opened)
 
@@ -209,8 +224,6 @@ def _create_or_clean(config: Config, run_dir: Path | None) -> Path:
             directory.mkdir(exist_ok=True)
             remove_stale_temp_files(directory)
         remove_stale_temp_files(config.output_dir / "best_models", older_than=STALE_AFTER_SECONDS)
-        with atomic_write(run_dir / "config.json") as temp_path:
-            write_text(temp_path, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     return run_dir
 
 
@@ -224,8 +237,17 @@ def record_environment(state: TrainingState, run_dir: Path) -> None:
     state.record.add_environment(environment, state.trainer.state.iteration)
     logger.info("environment %s", format_environment(environment))
     if idist.get_rank() == 0:
-        with translate_write_errors(run_dir), atomic_write(run_dir / "environment.json") as temp_path:
-            write_text(temp_path, json.dumps(state.record.environments, indent=2) + "\n")
+        write_json(run_dir / "environment.json", state.record.environments)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    with translate_write_errors(path.parent), atomic_write(path) as temp_path:
+        write_text(temp_path, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager

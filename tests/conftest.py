@@ -41,7 +41,7 @@ SLOW = (
     "checkpointing/test_faults.py",
     "checkpointing/test_resume.py",
     "checkpointing/test_listings.py",
-    "evaluation/test_image_reading.py",
+    "data/test_image_reading.py",
     "training/test_determinism.py",
     "training/test_fake_cuda.py",
     "training/test_fake_mps.py",

@@ -77,7 +77,7 @@ def test_incompatible_torchvision_is_explained_in_one_line(command, monkeypatch)
     def fail():
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("cifar_ignite.models.registry.format_model_table", fail)
+    monkeypatch.setattr("cifar_ignite.list_models.list_models", fail)
     status, _, err = command("models")
     assert status == 1
     assert "torch and torchvision are incompatible" in err

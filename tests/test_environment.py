@@ -134,7 +134,7 @@ def test_full_disk_behind_stderr_keeps_exit_status(words):
 
 def test_models_without_docstrings_are_listed(monkeypatch):
     monkeypatch.setitem(MODELS, "undocumented", lambda num_classes: MODELS["se_resnet"](num_classes=num_classes))
-    assert "undocumented" in format_model_table()
+    assert "undocumented" in format_model_table(10, 32)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ PACKAGE = "cifar_ignite"
 LAYERS = (
     {"__init__", "__main__"},
     {"cli"},
-    {"train", "evaluate", "predict", "export", "compare", "doctor"},
+    {"train", "evaluate", "predict", "export", "compare", "doctor", "list_models"},
     {"evaluation"},
     {"training"},
     {"checkpointing"},

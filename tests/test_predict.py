@@ -13,8 +13,9 @@ from cifar_ignite.config import DataConfig
 from cifar_ignite.data import load_dataset
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.predict import predict
-from tests.evaluation.helpers import only_evaluation, smooth_image
+from tests.evaluation.helpers import only_evaluation
 from tests.helpers import snapshot
+from tests.helpers.images import smooth_image
 
 
 @pytest.fixture

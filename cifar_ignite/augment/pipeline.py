@@ -176,7 +176,7 @@ def augment_images(images: Tensor, params: AugmentParams, config: AugmentConfig)
     images = color_jitter(images, params.color_factors)
     if params.trivial_augment is not None:
         images = trivial_augment(images, params.trivial_augment, MAX_MAGNITUDES[config.trivial_augment])
-    images = normalize(images, config.mean, config.std)
+    images = normalize(images, *config.normalization)
     for boxes in params.boxes:
         images = erase(images, boxes)
     return images

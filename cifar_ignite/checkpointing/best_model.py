@@ -13,7 +13,6 @@ from torch import nn
 from cifar_ignite.checkpointing.io import copy_checkpoint, load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.checkpointing.savers import FaultTolerantSaver, create_model_checkpoint
-from cifar_ignite.config_io import flatten_dict
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import check_listable, list_files
 
@@ -117,7 +116,7 @@ def promote_best_model(source: Path, target: Path) -> str:
     """
     record: RunRecord = load_checkpoint(source)["record"]
     if record.val_acc is not None and target.exists() and (other := _load_record(target)):
-        if not _same_validation_images(record, other):
+        if record.val_fingerprint != other.val_fingerprint:
             return (
                 f"{target} unchanged: validated on other images (use --set experiment=NAME to save this one elsewhere)"
             )
@@ -135,11 +134,3 @@ def _load_record(path: Path) -> RunRecord | None:
     except InputError as error:
         logger.warning("%s; replacing it", error)
         return None
-
-
-def _same_validation_images(record: RunRecord, other: RunRecord) -> bool:
-    ours, theirs = flatten_dict(record.config), flatten_dict(other.config)
-    keys = ["data.dataset", "data.val_size", "data.split_seed"]
-    if ours["data.dataset"] == "synthetic":
-        keys += [key for key in ours if key.startswith("data.synthetic.")]
-    return all(ours[key] == theirs.get(key) for key in keys)

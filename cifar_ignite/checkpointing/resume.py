@@ -21,7 +21,7 @@ from cifar_ignite.checkpointing.full_checkpoints import (
     load_latest_valid,
     read_run_config,
 )
-from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, Config
+from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESOLVED_KEYS, RESUME_SAFE_KEYS, Config
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.distributed.collectives import SyncedMetrics, broadcast_from_rank0
 from cifar_ignite.errors import InputError, first_line
@@ -65,6 +65,28 @@ class ResumeState:
         counter = self.saved.get("early_stopping", {"counter": 0})["counter"]
         stopped_early = self.config.train.patience is not None and counter >= self.config.train.patience
         return self.epoch >= self.config.train.epochs or (stopped_early and "train.epochs" not in self.changed)
+
+    def check_same_data(self, class_names: list[str], val_fingerprint: str) -> None:
+        """Check that the classes and the validation images are those of the saved run, unless changes are allowed.
+
+        Args:
+            class_names: Names in label order.
+            val_fingerprint: Fingerprint of the validation images.
+
+        Raises:
+            InputError: If they differ.
+        """
+        if not self.saved or self.allow_changes:
+            return
+        record = self.saved["record"]
+        if record.class_names != class_names:
+            saved, now = (", ".join(names) for names in (record.class_names, class_names))
+            raise InputError(f"{self.path}: trained on the classes {saved}; those of the dataset are {now}")
+        if record.val_fingerprint not in (None, val_fingerprint):
+            raise InputError(
+                f"{self.path}: the validation images differ from those of the run; the dataset has changed since, use "
+                "--allow-changes to resume nevertheless"
+            )
 
     def check_compatible(self, model: nn.Module, epoch_length: int) -> None:
         """Check that the checkpoint fits the model and the data, and that all ranks found the same one.
@@ -198,8 +220,13 @@ def resolve_resume(config: Config, resume: str, overrides: Sequence[str], allow_
     changed = diff_configs(saved_tree, resumed_config)
     if not allow_changes:
         _check_changes(changed, source)
-    kept = sorted(diff_configs(saved_tree, config).keys() - changed.keys())
+    kept = sorted(diff_configs(saved_tree, config).keys() - changed.keys() - _left_to_data(config))
     return ResumeState(run_dir, path, saved, resumed_config, changed, kept, allow_changes)
+
+
+def _left_to_data(config: Config) -> set[str]:
+    """Return the keys whose value the configuration leaves to the data; the saved run has resolved them."""
+    return {key for key, value in flatten_dict(config.model_dump()).items() if key in RESOLVED_KEYS and value is None}
 
 
 def _check_changes(changed: Changes, source: str) -> None:

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar_ignite.data.dataset import IMAGE_SIZE
 from cifar_ignite.errors import InputError
+
+CIFAR_SIZE = 32
 
 # Shapes of an image, with the axes of an array of images in the order (image, channel, row, column).
 IMAGE_SHAPES: Mapping[tuple[int, ...], tuple[int, ...]] = {
-    (3 * IMAGE_SIZE**2,): (0, 1),
-    (3, IMAGE_SIZE, IMAGE_SIZE): (0, 1, 2, 3),
-    (IMAGE_SIZE, IMAGE_SIZE, 3): (0, 3, 1, 2),
+    (3 * CIFAR_SIZE**2,): (0, 1),
+    (3, CIFAR_SIZE, CIFAR_SIZE): (0, 1, 2, 3),
+    (CIFAR_SIZE, CIFAR_SIZE, 3): (0, 3, 1, 2),
 }
 
 
@@ -47,7 +48,7 @@ def to_images(data: Any, path: Path) -> Tensor:
     if len(images) == 0:
         raise InputError(f"{path}: 'data' holds no images")
     planes = np.ascontiguousarray(images.transpose(IMAGE_SHAPES[images.shape[1:]]))
-    return torch.from_numpy(planes).reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return torch.from_numpy(planes).reshape(-1, 3, CIFAR_SIZE, CIFAR_SIZE)
 
 
 def to_list(column: Any, name: str, length: int, path: Path) -> list[Any]:

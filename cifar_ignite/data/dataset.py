@@ -1,5 +1,6 @@
 """Datasets as tensors, and the stratified validation split."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,24 +9,26 @@ from torch import Tensor
 
 from cifar_ignite.errors import InputError
 
-IMAGE_SIZE = 32
+DEFAULT_VAL_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images with their labels; the competition's test set has none.
+    """Images with their labels; a test set may have none.
 
     Attributes:
-        images: uint8 (N, 3, 32, 32).
+        images: uint8 (N, 3, size, size).
         labels: int64 (N,), each in [0, num_classes), or None if unlabeled.
         ids: N values for the column `ID` of predictions.csv.
         class_names: Names of the classes in the order of the labels.
+        val: Validation images that the dataset itself holds out; None leaves them to a random split.
     """
 
     images: Tensor
     labels: Tensor | None
     ids: list[Any]
     class_names: tuple[str, ...]
+    val: "ImageDataset | None" = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -35,31 +38,68 @@ class ImageDataset:
         """Number of classes."""
         return len(self.class_names)
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the images, labels and class names: equal for the same dataset, whatever it was loaded from."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (self.images, self.labels):
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        digest.update(repr((self.images.shape, self.class_names)).encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class; zeros without labels."""
+        labels = torch.empty(0, dtype=torch.long) if self.labels is None else self.labels
+        return torch.bincount(labels, minlength=self.num_classes).tolist()
+
+    def select(self, rows: Tensor) -> "ImageDataset":
+        """Return a copy with some of the images.
+
+        Args:
+            rows: int64 (M,), indices of the images.
+        """
+        labels = None if self.labels is None else self.labels[rows]
+        ids = [self.ids[row] for row in rows.tolist()]
+        return ImageDataset(self.images.index_select(0, rows), labels, ids, self.class_names)
+
     def to(self, device: torch.device) -> "ImageDataset":
         """Return the dataset with images and labels on a device."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
 
-def train_val_split(dataset: ImageDataset, val_size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
+def train_val_split(dataset: ImageDataset, val_size: int | None, seed: int) -> tuple[ImageDataset, ImageDataset]:
     """Split a labeled dataset into copies for training and validation; see `stratified_split`.
 
     Args:
         dataset: Labeled dataset of N images.
-        val_size: Number of validation images, which may be 0.
+        val_size: Number of validation images, which may be 0. None is a tenth of the images. If the dataset itself
+            holds out validation images, these are returned, whatever the number, unless it is 0.
         seed: Seed of the split.
 
     Raises:
         InputError: If too few training images would remain.
     """
-    labels = dataset.labels
-    assert labels is not None, "a split requires labels"
+    assert dataset.labels is not None, "a split requires labels"
+    if dataset.val is not None and val_size != 0:
+        return replace(dataset, val=None), dataset.val
+    val_size = round(DEFAULT_VAL_FRACTION * len(dataset)) if val_size is None else val_size
+    train_rows, val_rows = stratified_split(dataset.labels, dataset.num_classes, val_size, seed)
+    train_set, val_set = dataset.select(train_rows), dataset.select(val_rows)
+    _check_classes_remain(dataset, train_set)
+    return train_set, val_set
 
-    def select(rows: Tensor) -> ImageDataset:
-        return ImageDataset(dataset.images.index_select(0, rows), labels[rows], rows.tolist(), dataset.class_names)
 
-    train_rows, val_rows = stratified_split(labels, dataset.num_classes, val_size, seed)
-    return select(train_rows), select(val_rows)
+def _check_classes_remain(dataset: ImageDataset, train_set: ImageDataset) -> None:
+    """Raise an `InputError` if the split has taken all images of a class."""
+    counts = zip(dataset.class_names, dataset.class_counts, train_set.class_counts, strict=True)
+    if lost := [name for name, count, remaining in counts if count > remaining == 0]:
+        raise InputError(
+            f"data.val_size: leaves no training image of the class {lost[0]}; add images of the class, use fewer "
+            "validation images, or another data.split_seed"
+        )
 
 
 def stratified_split(labels: Tensor, num_classes: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:

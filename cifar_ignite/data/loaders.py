@@ -152,7 +152,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for rows in self.rows():
-            images = normalize(to_float(self.images[rows]), self.augment.mean, self.augment.std)
+            images = normalize(to_float(self.images[rows]), *self.augment.normalization)
             labels = None if self.labels is None else self.labels[rows]
             yield images.contiguous(memory_format=memory_format(images.device)), labels
 

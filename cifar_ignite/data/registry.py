@@ -2,18 +2,26 @@
 
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from cifar_ignite.config import DataConfig
-from cifar_ignite.data.dataset import IMAGE_SIZE, ImageDataset
+from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.file_dataset import ImageFiles, load_image_files
 from cifar_ignite.errors import InputError
+
+CPU = torch.device("cpu")
+# Columns of details.csv and predictions.csv next to those of the classes.
+RESERVED_NAMES = frozenset({"ID", "file", "true", "predicted", "confidence"})
 
 
 class DatasetLoader(Protocol):
-    """A function that loads the labeled training or test set."""
+    """A function that loads the training or test set, or lists its files to be loaded."""
 
     __name__: str
     __qualname__: str
 
-    def __call__(self, config: DataConfig, *, train: bool) -> ImageDataset: ...
+    def __call__(self, config: DataConfig, *, train: bool) -> ImageDataset | ImageFiles: ...
 
 
 DATASETS: dict[str, DatasetLoader] = {}
@@ -22,8 +30,8 @@ DATASETS: dict[str, DatasetLoader] = {}
 def register_dataset(loader: DatasetLoader) -> DatasetLoader:
     """Register a dataset under the name of the function.
 
-    The function takes the section `DataConfig` and the keyword `train`, and raises `InputError` if it cannot load the
-    images.
+    The function takes the section `DataConfig` and the keyword `train`, and returns the images, or their files. It
+    raises `InputError` if it cannot find or load them.
 
     Raises:
         ValueError: If the name is taken. The same function replaces itself: a cell of a notebook is run again.
@@ -35,21 +43,46 @@ def register_dataset(loader: DatasetLoader) -> DatasetLoader:
     return loader
 
 
-def load_dataset(config: DataConfig, *, train: bool) -> ImageDataset:
-    """Load the labeled training or test set of the configured dataset.
+def load_dataset(config: DataConfig, *, train: bool, device: torch.device = CPU) -> ImageDataset:
+    """Load the training set, or the test set, which may be unlabeled, of the configured dataset.
 
     Args:
         config: Section whose `dataset` is a key of `DATASETS`.
         train: Whether to load the training set; otherwise the test set.
+        device: Device that the images will be moved to: files that do not fit into its memory are not loaded.
 
     Raises:
-        InputError: If the dataset is unknown, a file is missing, malformed or unsafe, a download failed, or the images
-            are not of the size that models are trained for.
+        InputError: If the dataset is unknown, a file is missing, malformed or unsafe, a download failed, the images do
+            not have the configured size or do not fit into memory, or the classes are invalid.
     """
+    listed = list_dataset(config, train=train)
+    dataset = load_image_files(listed, config, device) if isinstance(listed, ImageFiles) else listed
+    check_shape(config, dataset.images)
+    return dataset
+
+
+def list_dataset(config: DataConfig, *, train: bool) -> ImageDataset | ImageFiles:
+    """Return what the function of the configured dataset returns; arguments and errors are those of `load_dataset`."""
     if config.dataset not in DATASETS:
         raise InputError(f"data.dataset: unknown dataset {config.dataset!r}; known: {', '.join(sorted(DATASETS))}")
     dataset = DATASETS[config.dataset](config, train=train)
-    if dataset.images.shape[1:] != (shape := (3, IMAGE_SIZE, IMAGE_SIZE)):
-        found = tuple(dataset.images.shape[1:])
-        raise InputError(f"data.dataset: {config.dataset} has images of shape {found}; models take {shape}")
+    if len(dataset.class_names) < 2:
+        name = ", ".join(dataset.class_names)
+        raise InputError(f"data.dataset: {config.dataset} has one class only ({name}); training requires at least two")
+    if reserved := RESERVED_NAMES.intersection(dataset.class_names):
+        raise InputError(f"data.dataset: a class is named {min(reserved)}, as a column of details.csv is; rename it")
     return dataset
+
+
+def check_shape(config: DataConfig, images: Tensor) -> None:
+    """Check that images are square color images of the configured size.
+
+    Raises:
+        InputError: If they are not.
+    """
+    size, found = config.image_size, tuple(images.shape[1:])
+    if found == (3, size, size):
+        return
+    if found == (3, images.shape[-1], images.shape[-1]):
+        raise InputError(f"data.image_size: {config.dataset} has images of {found[-1]} pixels; use {found[-1]}")
+    raise InputError(f"data.dataset: {config.dataset} has images of shape {found}; models take (3, size, size)")

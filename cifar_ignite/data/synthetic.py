@@ -4,20 +4,21 @@ import numpy as np
 import torch
 
 from cifar_ignite.config import DataConfig, SyntheticConfig
-from cifar_ignite.data.dataset import IMAGE_SIZE, ImageDataset
+from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.registry import register_dataset
 
 SYNTHETIC_CLASSES = ("disk", "ring", "square", "frame", "triangle", "plus", "cross", "bars", "stripes", "checkers")
+REFERENCE_SIZE = 32  # positions and sizes of the shapes are in pixels of images of this side
 CHUNK_SIZE = 4096  # images drawn at a time, which bounds the memory; changing it changes the images
 
 
 @register_dataset
 def synthetic(config: DataConfig, *, train: bool) -> ImageDataset:
     """Shapes and textures drawn from `config.synthetic.seed`."""
-    return make_synthetic(config.synthetic, train=train)
+    return make_synthetic(config.synthetic, train=train, size=config.image_size)
 
 
-def make_synthetic(config: SyntheticConfig, *, train: bool) -> ImageDataset:
+def make_synthetic(config: SyntheticConfig, *, train: bool, size: int = REFERENCE_SIZE) -> ImageDataset:
     """Draw shapes and textures at random positions, sizes, tilts and colors, as a function of (seed, train).
 
     The colors of shape and background are independent of the class, so the accuracy of a linear classifier stays low
@@ -26,6 +27,7 @@ def make_synthetic(config: SyntheticConfig, *, train: bool) -> ImageDataset:
     Args:
         config: Sizes and seed.
         train: Whether to draw the training set; otherwise the test set.
+        size: Side of the images in pixels.
 
     Returns:
         `train_size` or `test_size` images with classes as balanced as the size allows.
@@ -33,33 +35,33 @@ def make_synthetic(config: SyntheticConfig, *, train: bool) -> ImageDataset:
     count = config.train_size if train else config.test_size
     rng = np.random.default_rng([config.seed, int(train)])
     labels = rng.permutation(np.arange(count) % len(SYNTHETIC_CLASSES))
-    images = np.empty((count, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    images = np.empty((count, 3, size, size), np.uint8)
     for start in range(0, count, CHUNK_SIZE):
         chunk = slice(start, start + CHUNK_SIZE)
-        images[chunk] = _random_images(labels[chunk], rng)
+        images[chunk] = _random_images(labels[chunk], size, rng)
     return ImageDataset(torch.from_numpy(images), torch.from_numpy(labels), list(range(count)), SYNTHETIC_CLASSES)
 
 
-def _random_images(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _random_images(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return uint8 (N, 3, H, W) for labels of (N,)."""
-    mask = _random_masks(labels, rng)
+    mask = _random_masks(labels, size, rng)
     background, foreground = _random_colors(len(labels), rng)
-    noise = rng.normal(0, 16, (len(labels), 3, IMAGE_SIZE, IMAGE_SIZE))
+    noise = rng.normal(0, 16, (len(labels), 3, size, size))
     image = np.where(mask[:, None], foreground, background) + noise
     return image.clip(0, 255).astype(np.uint8)
 
 
-def _random_masks(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _random_masks(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return bool (N, H, W), true inside the shapes of the labels."""
-    size = (len(labels), 1, 1)
+    shape = (len(labels), 1, 1)
     # Each image has its own coordinates: x and y are in [-1, 1] over the shape, tilted by up to 10 degrees.
-    radius, tilt = _uniform(rng, 8, 13, size), np.deg2rad(_uniform(rng, -10, 10, size))
-    axis = np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
-    column = axis[None, None, :] - _uniform(rng, -4, 4, size)
-    row = axis[None, :, None] - _uniform(rng, -4, 4, size)
+    radius, tilt = _uniform(rng, 8, 13, shape), np.deg2rad(_uniform(rng, -10, 10, shape))
+    axis = (np.arange(size, dtype=np.float32) - (size - 1) / 2) * (REFERENCE_SIZE / size)
+    column = axis[None, None, :] - _uniform(rng, -4, 4, shape)
+    row = axis[None, :, None] - _uniform(rng, -4, 4, shape)
     x = (np.cos(tilt) * column + np.sin(tilt) * row) / radius
     y = (np.cos(tilt) * row - np.sin(tilt) * column) / radius
-    return _shape_masks(x, y, _uniform(rng, 0, 2, size))[labels, np.arange(len(labels))]
+    return _shape_masks(x, y, _uniform(rng, 0, 2, shape))[labels, np.arange(len(labels))]
 
 
 def _random_colors(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

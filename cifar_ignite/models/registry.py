@@ -65,14 +65,19 @@ def _option_names(builder: ModelBuilder) -> set[str]:
     return names - {"num_classes"}
 
 
-def format_model_table(num_classes: int = 10) -> str:
-    """Return a table of the registered models: parameters, multiply-adds per image (3, 32, 32), description."""
+def format_model_table(num_classes: int, image_size: int) -> str:
+    """Return a table of the registered models: parameters, multiply-adds per image, description.
+
+    Args:
+        num_classes: Number of logits per image.
+        image_size: Side of the images in pixels.
+    """
     rows = []
     for name in sorted(MODELS):
         with torch.device("meta"):  # shapes only, without memory or computation
             model = create_model(name, num_classes=num_classes).eval()
             with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, 3, 32, 32))
+                model(torch.empty(1, 3, image_size, image_size))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         description = (MODELS[name].__doc__ or "").strip().partition("\n")[0]  # no docstrings under python -OO
         rows.append((name, f"{parameters:,}", f"{counter.get_total_flops() / 2e6:.1f}M", description))

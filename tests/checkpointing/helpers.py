@@ -13,17 +13,15 @@ from cifar_ignite.config import Config
 from tests.helpers import epoch_metrics
 
 
-def create_record(val_acc: float | None = 0.5, run: str = "2026", **data: Any) -> RunRecord:
-    """Return the record of a run after three epochs; `data` are changes of its data section."""
-    tree = Config().model_dump(mode="json")
-    tree["data"] |= data
-    return RunRecord(run, tree, ["a", "b"], [epoch_metrics(3, val_acc)])
+def create_record(val_acc: float | None = 0.5, run: str = "2026", val_images: str = "these") -> RunRecord:
+    """Return the record of a run after three epochs; `val_images` stands for the images that it was validated on."""
+    return RunRecord(run, Config().model_dump(mode="json"), ["a", "b"], [epoch_metrics(3, val_acc)], val_images)
 
 
-def write_checkpoint(path: Path, val_acc: float | None = 0.5, run: str = "2026", **data: Any) -> Path:
+def write_checkpoint(path: Path, val_acc: float | None = 0.5, run: str = "2026", val_images: str = "these") -> Path:
     """Write a checkpoint with 300 weights drawn from seed 0; return `path`."""
     weight = torch.randn(300, generator=torch.Generator().manual_seed(0))
-    record = create_record(val_acc, run, **data)
+    record = create_record(val_acc, run, val_images)
     io.save_checkpoint(path, {"model": {"weight": weight}, "record": record.state_dict()})
     return path
 

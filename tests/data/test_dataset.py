@@ -1,5 +1,7 @@
 """The dataset class and the validation split."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,40 @@ def test_train_val_split_keeps_images_labels_and_ids_together():
         assert subset.images[:, 0, 0, 0].tolist() == subset.ids
         assert subset.labels.tolist() == [id_ % 4 for id_ in subset.ids]
     assert torch.bincount(val.labels).tolist() == [3] * 4
+
+
+def test_train_val_split_without_size_takes_a_tenth():
+    train, val = train_val_split(dataset(), val_size=None, seed=1)
+    assert (len(train), len(val)) == (36, 4)
+
+
+@pytest.mark.parametrize(("val_size", "expected"), [(None, 7), (12, 7), (0, 0)])
+def test_train_val_split_returns_validation_images_of_the_dataset(val_size, expected):
+    labeled = replace(dataset(), val=dataset(7))
+    train, val = train_val_split(labeled, val_size, seed=1)
+    assert (len(train), len(val)) == (40, expected)
+    assert train.val is None
+
+
+def test_train_val_split_that_takes_all_images_of_a_class_names_it():
+    labels = torch.tensor([0] * 30 + [1] * 8 + [2, 3])
+    rare = replace(dataset(), labels=labels)
+    with pytest.raises(InputError, match=r"data\.val_size: .*class \d; "):
+        train_val_split(rare, val_size=20, seed=1)
+    assert train_val_split(rare, val_size=0, seed=1)[0].class_counts == [30, 8, 1, 1]
+
+
+def test_fingerprint_depends_on_images_labels_and_class_names():
+    labeled = dataset()
+    changes = [
+        {"images": labeled.images.flip(0)},
+        {"labels": labeled.labels.flip(0)},
+        {"labels": None},
+        {"class_names": labeled.class_names[::-1]},
+    ]
+    fingerprints = [labeled.fingerprint, *(replace(labeled, **change).fingerprint for change in changes)]
+    assert len(set(fingerprints)) == 5
+    assert replace(dataset(), ids=["x"] * 40).fingerprint == labeled.fingerprint
 
 
 def test_train_val_split_with_size_0_leaves_validation_empty():

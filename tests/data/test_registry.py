@@ -49,12 +49,20 @@ def test_error_of_registered_function_reaches_the_caller(monkeypatch):
         load_dataset(DataConfig(dataset="broken"), train=True)
 
 
-def test_load_dataset_with_images_of_another_size_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 64, 64), r"data\.image_size: large has images of 64 pixels; use 64"),
+        ((3, 64, 48), r"data\.dataset: large .*\(3, 64, 48\).*\(3, size, size\)"),
+        ((1, 32, 32), r"data\.dataset: large .*\(1, 32, 32\)"),
+    ],
+)
+def test_load_dataset_with_images_of_another_shape_is_refused(monkeypatch, shape, message):
     monkeypatch.setattr("cifar_ignite.data.registry.DATASETS", dict(DATASETS))
 
     @register_dataset
     def large(config, *, train):
-        return ImageDataset(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), [0, 1], ("a", "b"))
+        return ImageDataset(torch.zeros(2, *shape, dtype=torch.uint8), torch.arange(2), [0, 1], ("a", "b"))
 
-    with pytest.raises(InputError, match=r"data\.dataset: large .*\(3, 64, 64\).*\(3, 32, 32\)"):
+    with pytest.raises(InputError, match=message):
         load_dataset(DataConfig(dataset="large"), train=True)

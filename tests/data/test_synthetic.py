@@ -21,6 +21,15 @@ def test_make_synthetic_is_function_of_seed_and_split():
     assert not torch.equal(train.images[:50], test.images)
 
 
+def test_make_synthetic_of_another_size_has_the_same_shapes():
+    small, large = (make_synthetic(SyntheticConfig(train_size=64), train=True, size=size) for size in (32, 64))
+    assert large.images.shape == (64, 3, 64, 64)
+    assert torch.equal(small.labels, large.labels)
+    reduced = torch.nn.functional.avg_pool2d(large.images.float(), 2)
+    # The noise differs and edges are rendered more finely, but shapes, positions and colors are the same.
+    assert (reduced - small.images).abs().median() < 20
+
+
 def test_load_dataset_reads_synthetic_section():
     config = DataConfig(dataset="synthetic", synthetic=SyntheticConfig(train_size=30, test_size=20, seed=3))
     for train in (True, False):

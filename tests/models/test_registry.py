@@ -17,7 +17,7 @@ def scratch_registry(monkeypatch):
 
 
 def test_format_model_table_lists_sizes():
-    table = format_model_table()
+    table = format_model_table(10, 32)
     assert "2,820,390" in table
     assert "2,797,610" in table
     assert table.count("139.3M") == 3

@@ -131,7 +131,7 @@ def run_exported_program(model: nn.Module, images: Tensor) -> Tensor:
 def test_exported_program_runs_on_device(dtype):
     config = load_tiny_config("hybrid_best")
     model = NormalizedModel(create_initial_model(config, 10, CPU), config.augment, CIFAR10_CLASSES)
-    logits = run_exported_program(model, example_images(4, dtype))
+    logits = run_exported_program(model, example_images(32, dtype)[:4])
     assert logits.shape == (4, 10)
     assert logits.device == CUDA
 
@@ -246,4 +246,4 @@ class ReadingModel(nn.Module):
 
 def test_exported_program_notices_fault():
     with pytest.raises(HostSyncError):
-        run_exported_program(ReadingModel(), example_images(4, torch.float32))
+        run_exported_program(ReadingModel(), example_images(32, torch.float32)[:4])

@@ -5,19 +5,20 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import filterfalse, islice
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from cifar_ignite.data.dataset import IMAGE_SIZE
+from cifar_ignite.data.image_reading import MEMORY_BUDGET, can_allocate, load_image
 from cifar_ignite.errors import InputError, first_line
-from cifar_ignite.evaluation.image_reading import MEMORY_BUDGET, can_allocate, load_image
 
 # What operating systems and storage devices put next to images, in lowercase; names that start with a dot as well.
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle", "$recycle.bin"}
@@ -50,9 +51,9 @@ def _find_below(directory: Path) -> list[Path]:
     skipped: list[str] = []
     errors: list[OSError] = []
     for parent, subdirectories, names in _walk(directory, errors):
-        skipped += filter(_is_system_name, subdirectories + names)
-        subdirectories[:] = filterfalse(_is_system_name, subdirectories)
-        found += [Path(parent, name) for name in filterfalse(_is_system_name, names)]
+        skipped += filter(is_system_name, subdirectories + names)
+        subdirectories[:] = filterfalse(is_system_name, subdirectories)
+        found += [Path(parent, name) for name in filterfalse(is_system_name, names)]
     if skipped:
         examples = printable(", ".join(sorted(set(skipped))[:MAX_LOGGED_NAMES]))
         logger.info("%s: skipped %d hidden or system entries (%s)", printable(directory), len(skipped), examples)
@@ -79,7 +80,8 @@ def _walk(directory: Path, errors: list[OSError]) -> Iterator[tuple[str, list[st
             pending += sorted(child for child in children if os.path.islink(child))
 
 
-def _is_system_name(name: str) -> bool:
+def is_system_name(name: str) -> bool:
+    """Return whether a file or directory is hidden, or was created by an operating system or a storage device."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
@@ -95,41 +97,47 @@ def _reason(error: Exception) -> str:
 # --- Loading ------------------------------------------------------------------------------------------------------
 
 
-def load_images(files: Sequence[Path]) -> tuple[list[Path], Tensor]:
-    """Load all readable files in a thread pool (Pillow decodes without the GIL); log a warning for each other file.
+def load_images(files: Sequence[Path], size: int) -> tuple[Tensor, dict[Path, str]]:
+    """Load all readable files in a thread pool (Pillow decodes without the GIL), with a progress bar on a terminal.
+
+    Args:
+        files: Image files.
+        size: Side in pixels to which the center square of each image is resized.
 
     Returns:
-        The readable files, and their images, uint8 (N, 3, 32, 32).
+        The images of the readable files, uint8 (N, 3, size, size), and the reason, in one line, for each other file.
     """
-    readable: list[Path] = []
-    images = torch.empty(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    unreadable: dict[Path, str] = {}
+    num_readable = 0
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    is_disabled = None if idist.get_rank() == 0 else True  # None: shown on a terminal only
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata and large images; it refuses too large ones
-        results = tqdm(_map_in_chunks(pool, files), total=len(files), desc="load", disable=None, dynamic_ncols=True)
-        for file, result in results:
+        results = _map_in_chunks(pool, partial(try_load_image, size=size), files)
+        for file, result in tqdm(results, total=len(files), desc="load", disable=is_disabled, dynamic_ncols=True):
             if isinstance(result, str):
-                logger.warning("%s: %s", printable(file), printable(result))
+                unreadable[file] = result
             else:
-                images[len(readable)] = result
-                readable.append(file)
-    return readable, images[: len(readable)]
+                images[num_readable] = result
+                num_readable += 1
+    return images[:num_readable], unreadable
 
 
 def _map_in_chunks(
-    pool: ThreadPoolExecutor, files: Sequence[Path], chunk_size: int = 256
+    pool: ThreadPoolExecutor, load: Callable[[Path], Tensor | str], files: Sequence[Path], chunk_size: int = 256
 ) -> Iterator[tuple[Path, Tensor | str]]:
     """Yield each file with its result; pool.map alone would submit a call for every file at once."""
     remaining = iter(files)
     while chunk := list(islice(remaining, chunk_size)):
-        yield from zip(chunk, pool.map(try_load_image, chunk), strict=True)
+        yield from zip(chunk, pool.map(load, chunk), strict=True)
 
 
-def try_load_image(file: Path) -> Tensor | str:
+def try_load_image(file: Path, size: int) -> Tensor | str:
     """Return the image as `load_image` does, or the reason, in one line, why it cannot be loaded."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             return "not a regular file"  # opening a named pipe would wait for its writer
-        return load_image(file)
+        return load_image(file, size)
     except InputError as error:
         return str(error)
     except UnidentifiedImageError:

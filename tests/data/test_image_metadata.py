@@ -6,9 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_ignite.evaluation.image_reading import load_image
-from tests.evaluation.helpers import smooth_image
-from tests.evaluation.image_bytes import insert_jpeg_segment, insert_png_chunk, png_chunk
+from tests.data.image_bytes import insert_jpeg_segment, insert_png_chunk, png_chunk
+from tests.helpers.images import load_image, smooth_image
 
 ORIENTATION_6 = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
 MALFORMED_RESOLUTION = b"\x1a\x01\x05\0\x02\0\0\0\x08\0\0\0"

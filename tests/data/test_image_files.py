@@ -6,11 +6,11 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from cifar_ignite.data import image_files, image_reading
+from cifar_ignite.data.image_files import find_images, load_images, printable
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation import image_files, image_reading
-from cifar_ignite.evaluation.image_files import find_images, load_images, printable
-from tests.evaluation.helpers import smooth_image
 from tests.helpers import posix_only
+from tests.helpers.images import smooth_image
 
 # --- Finding ------------------------------------------------------------------------------------------------------
 
@@ -116,21 +116,23 @@ def test_find_images_rejects_path_without_permission(tmp_path):
 
 
 def test_load_images_without_files_returns_empty_tensor():
-    readable, images = load_images([])
-    assert readable == []
+    images, unreadable = load_images([], 32)
+    assert unreadable == {}
     assert images.shape == (0, 3, 32, 32)
 
 
 @posix_only
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
-def test_load_images_does_not_wait_for_named_pipe(tmp_path, caplog):
+def test_load_images_does_not_wait_for_named_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert load_images(find_images([tmp_path]))[0] == []
-    assert caplog.messages == [f"{tmp_path}/pipe: not a regular file"]
+    images, unreadable = load_images(find_images([tmp_path]), 32)
+    assert len(images) == 0
+    assert unreadable == {tmp_path / "pipe": "not a regular file"}
 
 
 @posix_only
-def test_load_images_decides_by_content(tmp_path, caplog):
+@pytest.mark.parametrize("size", [32, 48])
+def test_load_images_decides_by_content(tmp_path, size):
     """Images without an extension or with a wrong one are read; what is none gets a line."""
     image = Image.fromarray(smooth_image(40, 40))
     image.save(tmp_path / "image", "JPEG")
@@ -138,22 +140,19 @@ def test_load_images_decides_by_content(tmp_path, caplog):
     (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500))
     (tmp_path / "b.png").write_text("text")
     (tmp_path / "c.png").symlink_to("none")
-    readable, images = load_images(find_images([tmp_path]))
-    assert [path.name for path in readable] == ["image", "image.txt"]
-    assert images.shape == (2, 3, 32, 32)
-    assert [message.split(": ")[0] for message in caplog.messages] == [
-        str(tmp_path / f"{n}") for n in ("a.HEIC", "b.png", "c.png")
-    ]
+    images, unreadable = load_images(find_images([tmp_path]), size)
+    assert images.shape == (2, 3, size, size)
+    assert [path.name for path in unreadable] == ["a.HEIC", "b.png", "c.png"]
+    assert all(reason and "\n" not in reason for reason in unreadable.values())
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError("broken data stream")])  # libjpeg reports it as damage
-def test_load_images_reports_lack_of_memory(tmp_path, monkeypatch, caplog, error):
+def test_load_images_reports_lack_of_memory(tmp_path, monkeypatch, error):
     Image.fromarray(smooth_image(40, 40)).save(tmp_path / "a.png")
     monkeypatch.setattr(image_reading, "to_rgb", Mock(side_effect=error))
     monkeypatch.setattr(image_files, "can_allocate", lambda size: False)
-    load_images([tmp_path / "a.png"])
-    (message,) = caplog.messages
-    assert "not enough memory" in message
+    _, unreadable = load_images([tmp_path / "a.png"], 32)
+    assert "not enough memory" in unreadable[tmp_path / "a.png"]
 
 
 @posix_only

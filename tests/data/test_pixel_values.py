@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_ignite.data import pixel_values
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation import pixel_values
-from cifar_ignite.evaluation.image_reading import load_image
-from tests.evaluation.helpers import smooth_image
-from tests.evaluation.image_bytes import GRAY, GRAY_ALPHA, RGB, pack_12_bits, write_png, write_tiff
+from tests.data.image_bytes import GRAY, GRAY_ALPHA, RGB, pack_12_bits, write_png, write_tiff
+from tests.helpers.images import load_image, smooth_image
 
 GRAY_IMAGE = smooth_image(32, 32, 1)[..., 0]  # values from 28 to 227
 FIGURE = np.zeros((32, 32), bool)

@@ -1,4 +1,4 @@
-"""Reading one image file of any size and format as a 32x32 RGB image."""
+"""Reading one image file of any size and format as a square RGB image."""
 
 import io
 import threading
@@ -11,13 +11,12 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from cifar_ignite.data.dataset import IMAGE_SIZE
+from cifar_ignite.data.image_metadata import apply_orientation, read_without_metadata
+from cifar_ignite.data.pixel_values import read_encoding, to_rgb
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation.image_metadata import apply_orientation, read_without_metadata
-from cifar_ignite.evaluation.pixel_values import read_encoding, to_rgb
 
-# A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if at least this size remains to resample from.
-MIN_DECODED_SIZE = 4 * IMAGE_SIZE
+# A JPEG is decoded at 1/8, 1/4 or 1/2 of its size if at least this multiple of the final size remains to resample from.
+MIN_OVERSAMPLING = 4
 # Memory for all images that are decoded at the same time. An image that alone requires more is refused.
 MEMORY_BUDGET = 2 * 2**30
 # Peak of decoding and conversion to RGB, per pixel, measured with Pillow 13; some decoders keep more copies.
@@ -62,15 +61,15 @@ def can_allocate(size: int) -> bool:
 _budget = MemoryBudget(MEMORY_BUDGET)
 
 
-def load_image(file: Path) -> Tensor:
-    """Load an image file of any size: its center square, resized to 32x32 pixels.
+def load_image(file: Path, size: int) -> Tensor:
+    """Load an image file of any size: its center square, resized to size x size pixels.
 
     Applies the orientation, puts transparent pixels on white, converts every pixel type to 8-bit RGB (see
-    `pixel_values`), and takes the first frame of an animation. A 32x32 image keeps its values. Malformed metadata is
-    ignored.
+    `pixel_values`), and takes the first frame of an animation. An image of that size keeps its values. Malformed
+    metadata is ignored.
 
     Returns:
-        uint8 (3, 32, 32).
+        uint8 (3, size, size).
 
     Raises:
         InputError: If the range of the pixel values is not evident, or the image is too large to decode.
@@ -78,34 +77,34 @@ def load_image(file: Path) -> Tensor:
         Exception: If the file is damaged or not an image; of almost any type.
     """
     try:
-        image = _read_center_square(file)
+        image = _read_center_square(file, size)
     except (InputError, MemoryError, Image.DecompressionBombError):
         raise
     except Exception:  # the metadata or the pixels are damaged; the pixels raise again
         if (stripped := read_without_metadata(file)) is None:
             raise
-        image = _read_center_square(io.BytesIO(stripped))
+        image = _read_center_square(io.BytesIO(stripped), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _read_center_square(source: Path | io.BytesIO) -> Image.Image:
+def _read_center_square(source: Path | io.BytesIO, size: int) -> Image.Image:
     with Image.open(source) as opened:
         num_pixels = opened.width * opened.height
-        opened.draft("RGB", (MIN_DECODED_SIZE, MIN_DECODED_SIZE))
+        opened.draft("RGB", (MIN_OVERSAMPLING * size, MIN_OVERSAMPLING * size))
         if not opened.info.get("progressive"):  # libjpeg decodes the others at full size first
             num_pixels = opened.width * opened.height
         with _budget.reserve(_decoding_memory(opened, num_pixels)):
             try:
-                return _decode_center_square(opened)
+                return _decode_center_square(opened, size)
             finally:
                 opened.close()  # frees the pixels before the reservation ends
 
 
-def _decode_center_square(opened: ImageFile.ImageFile) -> Image.Image:
+def _decode_center_square(opened: ImageFile.ImageFile, size: int) -> Image.Image:
     encoding = read_encoding(opened)
     opened.load()
     rgb = to_rgb(apply_orientation(opened), encoding)
-    return ImageOps.fit(rgb, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    return ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
 
 
 def _decoding_memory(opened: Image.Image, num_pixels: int) -> int:

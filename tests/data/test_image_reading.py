@@ -12,29 +12,29 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from cifar_ignite.config import SyntheticConfig
+from cifar_ignite.data import image_reading
+from cifar_ignite.data.image_files import load_images
+from cifar_ignite.data.image_reading import MemoryBudget
 from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation import image_reading
-from cifar_ignite.evaluation.image_files import load_images
-from cifar_ignite.evaluation.image_reading import MemoryBudget, load_image
-from tests.evaluation.helpers import smooth_image
 from tests.helpers import REPOSITORY
+from tests.helpers.images import load_image, smooth_image
 
 # Loads a file twice, at first with 60 MB of memory; prints both results, and the additional peak in bytes per pixel.
 LOAD_WITH_LIMIT = """
 import resource, sys
 from pathlib import Path
-from cifar_ignite.evaluation.image_files import try_load_image
+from cifar_ignite.data.image_files import try_load_image
 
 def status(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
 
 unlimited = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 60_000_000, unlimited[1]))
-print(try_load_image(Path(sys.argv[1])))
+print(try_load_image(Path(sys.argv[1]), 32))
 resource.setrlimit(resource.RLIMIT_AS, unlimited)
 peak = status("VmHWM")
-print(getattr(try_load_image(Path(sys.argv[1])), "shape", "not loaded"))
+print(getattr(try_load_image(Path(sys.argv[1]), 32), "shape", "not loaded"))
 print((status("VmHWM") - peak) / int(sys.argv[2]))
 """
 
@@ -158,8 +158,8 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
         for kind, size in (("large", 100), ("small", 10)):
             files.append(tmp_path / f"{kind}_{index}.png")
             Image.fromarray(smooth_image(size, size)).save(files[-1])
-    readable, _ = load_images(files)
-    assert readable == files
+    _, unreadable = load_images(files, 32)
+    assert unreadable == {}
     assert most["large"] == 1
     assert most["small"] > 1
 
@@ -192,5 +192,5 @@ def test_load_image_reads_in_strips_like_at_once(tmp_path, monkeypatch):
     rgba = np.random.default_rng(0).integers(0, 256, (70, 90, 4), dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "a.png")
     at_once = load_image(tmp_path / "a.png")
-    monkeypatch.setattr("cifar_ignite.evaluation.pixel_values.STRIP_PIXELS", 1000)
+    monkeypatch.setattr("cifar_ignite.data.pixel_values.STRIP_PIXELS", 1000)
     assert at_once.equal(load_image(tmp_path / "a.png"))

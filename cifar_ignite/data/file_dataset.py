@@ -1,0 +1,93 @@
+"""Datasets of image files: listed first, then decoded into memory."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_ignite.config import DataConfig
+from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.image_files import load_images, printable
+from cifar_ignite.data.memory import check_memory
+from cifar_ignite.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with their labels: a dataset that is not loaded yet.
+
+    Attributes:
+        directory: Directory of the files, for messages.
+        files: N image files.
+        labels: N labels, each in [0, num_classes), or None if unlabeled.
+        ids: N values for the column `ID` of predictions.csv.
+        class_names: Names of the classes in the order of the labels.
+        val: Files of the validation images; None leaves them to a random split.
+    """
+
+    directory: Path
+    files: list[Path]
+    labels: list[int] | None
+    ids: list[Any]
+    class_names: tuple[str, ...]
+    val: "ImageFiles | None" = None
+
+
+def load_image_files(listed: ImageFiles, config: DataConfig, device: torch.device) -> ImageDataset:
+    """Decode all files; those that are unreadable are logged and left out.
+
+    Args:
+        listed: Files to load.
+        config: Section with the size of the images and the number of files that may be unreadable.
+        device: Device that the images will be moved to, for the check of its memory.
+
+    Raises:
+        InputError: If the images do not fit into memory, or too many files, or all of a class, are unreadable.
+    """
+    splits = [listed, *([listed.val] if listed.val else [])]
+    size = config.image_size
+    check_memory((sum(len(split.files) for split in splits), 3, size, size), device)
+    train, *val = [load_split(split, config) for split in splits]
+    return ImageDataset(train.images, train.labels, train.ids, train.class_names, *val)
+
+
+def load_split(listed: ImageFiles, config: DataConfig) -> ImageDataset:
+    """Decode the files of one split; see `load_image_files`."""
+    started = time.monotonic()
+    images, unreadable = load_images(listed.files, config.image_size)
+    check_unreadable(listed, unreadable, config.max_unreadable)
+    seconds = time.monotonic() - started
+    name = printable(listed.directory)
+    logger.info("loaded      %s: %s images in %.1f s", name, f"{len(images):,}", seconds)
+    rows = [row for row, file in enumerate(listed.files) if file not in unreadable]
+    labels = None if listed.labels is None else torch.tensor(listed.labels, dtype=torch.long)[rows]
+    return ImageDataset(images, labels, [listed.ids[row] for row in rows], listed.class_names)
+
+
+def check_unreadable(listed: ImageFiles, unreadable: dict[Path, str], max_unreadable: int) -> None:
+    """Log each unreadable file, and check that there are not too many.
+
+    Raises:
+        InputError: If there are too many, or all files of a class are unreadable.
+    """
+    for file, reason in unreadable.items():
+        logger.warning("%s: %s", printable(file), printable(reason))
+    if len(unreadable) > max_unreadable:
+        file, reason = next(iter(unreadable.items()))
+        raise InputError(
+            f"{printable(listed.directory)}: {len(unreadable)} of {len(listed.files)} files are unreadable, such as "
+            f"{printable(file.name)} ({printable(reason)}); remove them, or leave them out with "
+            f"data.max_unreadable={len(unreadable)}"
+        )
+    for label in set(listed.labels or ()):
+        files = [file for file, other in zip(listed.files, listed.labels or (), strict=True) if other == label]
+        if all(file in unreadable for file in files):
+            raise InputError(
+                f"{printable(listed.directory)}: none of the {len(files)} files of the class "
+                f"{listed.class_names[label]} is readable"
+            )
