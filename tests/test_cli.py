@@ -10,7 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from cifar_ignite.data import cifar10_files
+from cifar_ignite.data import cifar_files
 from tests.helpers import REPOSITORY, only_run
 from tests.helpers.runs import latest_checkpoint, set_options
 
@@ -159,7 +159,7 @@ def test_failed_download_is_refused_with_alternatives(refused, tiny_file, cifar_
     def fail(*_, **__):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", fail)
     shutil.rmtree(cifar_root)
     err = refused("train", "--config", tiny_file)
     assert str(cifar_root) in err

@@ -30,7 +30,7 @@ def get_entry(batch: Any, key: str, path: Path) -> Any:
     for name in (key.encode(), key):
         if isinstance(batch, dict) and name in batch:
             return batch[name]
-    raise InputError(f"{path}: not a CIFAR-10 batch: it has no {key!r}; found {describe(batch)}")
+    raise InputError(f"{path}: not a CIFAR batch: it has no {key!r}; found {describe(batch)}")
 
 
 def to_images(data: Any, path: Path) -> Tensor:
@@ -66,7 +66,7 @@ def to_list(column: Any, name: str, length: int, path: Path) -> list[Any]:
     values = column.tolist() if isinstance(column, np.ndarray) else column
     if not isinstance(values, list | tuple) or len(values) != length:
         raise InputError(
-            f"{path}: {name!r} must hold one value per image: a list of {length}, or an array of shape ({length},) or "
+            f"{path}: {name!r} must hold one value per entry: a list of {length}, or an array of shape ({length},) or "
             f"({length}, 1); got {describe(column)}"
         )
     return [_to_scalar(value) for value in values]

@@ -1,14 +1,24 @@
 """Pickles as people have them."""
 
+import dataclasses
 import hashlib
 import io
 import os
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
+
+from cifar_ignite.config import DataConfig
+from cifar_ignite.data import cifar10
+from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.registry import load_dataset
+
+CIFAR10_DIR = cifar10.CIFAR10_FILES.directory
 
 UINT8 = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, 3072)
 
@@ -56,3 +66,17 @@ def dump_python2(path: Path, value: Any, protocol: int = 2) -> Path:
 def md5s_of(directory: Path, *names: str) -> dict[str, str]:
     """Return the md5 of files by name."""
     return {name: hashlib.md5((directory / name).read_bytes()).hexdigest() for name in names}
+
+
+def load_cifar10(root: Path, *, train: bool) -> ImageDataset:
+    """Load a split of CIFAR-10."""
+    return load_dataset(DataConfig().model_copy(update={"root": root}), train=train)
+
+
+def use_official(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Let other names and md5s count as the official ones of CIFAR-10."""
+    source = cifar10.CIFAR10_FILES.source
+    names = ("base_folder", "url", "filename", "tgz_md5", "train_list", "test_list")
+    values = {name: getattr(source, name) for name in names} | changes
+    official = dataclasses.replace(cifar10.CIFAR10_FILES, source=SimpleNamespace(**values))
+    monkeypatch.setattr(cifar10, "CIFAR10_FILES", official)

@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from cifar_ignite.config import DataConfig
-from cifar_ignite.data import cifar10
-from cifar_ignite.data.cifar10 import load_cifar10, load_labeled_batch
-from cifar_ignite.data.cifar10_files import CIFAR10_DIR
+from cifar_ignite.data.cifar_batches import load_labeled_batch
 from cifar_ignite.data.registry import load_dataset
 from cifar_ignite.errors import InputError
-from tests.data.helpers import UINT8, Payload, dump, dump_python2, md5s_of
+from tests.data.helpers import CIFAR10_DIR, UINT8, Payload, dump, dump_python2, load_cifar10, md5s_of, use_official
 from tests.helpers import write_batch
 
 
@@ -50,7 +48,7 @@ def test_load_cifar10_with_unofficial_files_warns_once(cifar_root, caplog):
 
 def test_load_cifar10_with_official_files_does_not_warn(cifar_root, caplog, monkeypatch):
     md5s = md5s_of(cifar_root / CIFAR10_DIR, "data_batch_1", "data_batch_2")
-    monkeypatch.setattr(cifar10, "TRAIN_MD5S", md5s)
+    use_official(monkeypatch, train_list=list(md5s.items()))
     assert len(load_cifar10(cifar_root, train=True)) == 48
     assert not caplog.records
 
@@ -62,7 +60,9 @@ def test_load_cifar10_with_official_files_does_not_warn(cifar_root, caplog, monk
 )
 def test_load_labeled_batch_accepts_labels_of_numpy(tmp_path, labels):
     for write in (dump, dump_python2):
-        images, loaded = load_labeled_batch(write(tmp_path / "batch", {b"data": UINT8, b"labels": labels}))
+        images, loaded = load_labeled_batch(
+            write(tmp_path / "batch", {b"data": UINT8, b"labels": labels}), "labels", 10
+        )
         assert np.array_equal(images.reshape(2, 3072).numpy(), UINT8)
         assert loaded.tolist() == [1, 9]
         assert loaded.dtype == torch.int64
@@ -93,7 +93,7 @@ def test_load_labeled_batch_accepts_labels_of_numpy(tmp_path, labels):
 )
 def test_load_labeled_batch_with_malformed_entry_names_it(tmp_path, batch, message):
     with pytest.raises(InputError, match=message):
-        load_labeled_batch(dump(tmp_path / "batch", batch, protocol=4))
+        load_labeled_batch(dump(tmp_path / "batch", batch, protocol=4), "labels", 10)
 
 
 def test_load_labeled_batch_of_damaged_file_is_refused_or_valid(tmp_path):
@@ -103,7 +103,7 @@ def test_load_labeled_batch_of_damaged_file_is_refused_or_valid(tmp_path):
     for _ in range(150):
         (tmp_path / "damaged").write_bytes(intact[: rng.integers(len(intact))])
         with pytest.raises(InputError):
-            load_labeled_batch(tmp_path / "damaged")
+            load_labeled_batch(tmp_path / "damaged", "labels", 10)
     refused = 0
     # Flipped bits outside the pixels break the pickle, or change a label or a name; they must have no other effect.
     positions = [*range(intact.index(b"data")), *range(len(intact) - 400, len(intact))]
@@ -112,7 +112,7 @@ def test_load_labeled_batch_of_damaged_file_is_refused_or_valid(tmp_path):
         damaged[rng.choice(positions)] ^= 1 << rng.integers(8)
         (tmp_path / "damaged").write_bytes(damaged)
         try:
-            images, labels = load_labeled_batch(tmp_path / "damaged")
+            images, labels = load_labeled_batch(tmp_path / "damaged", "labels", 10)
         except InputError as error:
             refused += "\n" not in str(error)
         else:

@@ -10,7 +10,7 @@ from cifar_ignite.errors import InputError
 
 
 def test_load_dataset_with_unknown_name_lists_known_ones():
-    with pytest.raises(InputError, match=r"data\.dataset: .*'imagenet'.* cifar10, synthetic"):
+    with pytest.raises(InputError, match=r"data\.dataset: .*'imagenet'.* cifar10, cifar100, folder, synthetic"):
         load_dataset(DataConfig(dataset="imagenet"), train=True)
 
 

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 from benchmarks import forked_jobs
 from cifar_ignite.checkpointing import savers
 from cifar_ignite.checkpointing.io import load_checkpoint
-from cifar_ignite.data import cifar10_files
+from cifar_ignite.data import cifar_files
 from cifar_ignite.data.dataset import train_val_split
 from cifar_ignite.data.loaders import EvalLoader
 from cifar_ignite.data.registry import load_dataset
@@ -302,7 +302,7 @@ def test_full_disk_ends_all_ranks(job, train, monkeypatch):
 )
 def test_invalid_input_is_reported_once(job, train, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", raise_disk_full)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", raise_disk_full)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     statuses, log = job(train(**options))
     assert 2 in statuses

@@ -1,4 +1,4 @@
-"""The official files of CIFAR-10: finding them, verifying them, unpacking or downloading the archive."""
+"""The official files of CIFAR: finding them, verifying them, unpacking or downloading the archive."""
 
 import hashlib
 import logging
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -17,34 +18,79 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import is_directory, path_exists, replace, stat_path
 
-CIFAR10_DIR = CIFAR10.base_folder
-# Official md5 by file name; batches.meta is never read.
-TRAIN_MD5S: Mapping[str, str] = dict(CIFAR10.train_list)
-TEST_MD5S: Mapping[str, str] = dict(CIFAR10.test_list)
-OFFICIAL_MD5S: Mapping[str, str] = {**TRAIN_MD5S, **TEST_MD5S}
-# What else people have, by file name; the first match is reported.
-OTHER_VERSIONS: Mapping[str, str] = {
-    "*_batch*.gz": "gzipped: gunzip it and the other batches",
-    "*_batch*.bin": "of the binary version, which cannot be read",
-    "*-batches-bin": "the binary version, which cannot be read",
-    "*_batch*.mat": "of the Matlab version, which cannot be read",
-    "*-batches-mat": "the Matlab version, which cannot be read",
-    "trainLabels.csv": "of Kaggle's PNG version, which cannot be read",
-    "cifar*10*.*": f"not the official archive {CIFAR10.filename} (md5 {CIFAR10.tgz_md5})",
-}
 NUM_NAMES = 3
-DOWNLOAD_HINT = "to download CIFAR-10, name another directory with DATA_DIR= (--set data.root=)"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OfficialFiles:
+    """The official files of a version of CIFAR.
+
+    Attributes:
+        title: Name of the dataset in messages.
+        source: Dataset of torchvision with the names, md5s and URL of the files.
+        label_key: Key of the labels in a batch.
+        meta_md5s: Official md5 by name of the file with the class names; empty if it is not read.
+        other_versions: What else people have, by file name; the first match is reported.
+    """
+
+    title: str
+    source: type[CIFAR10]
+    label_key: str
+    meta_md5s: Mapping[str, str]
+    other_versions: Mapping[str, str]
+
+    @property
+    def directory(self) -> str:
+        """Name of the directory of the files."""
+        return self.source.base_folder
+
+    def labeled(self, *, train: bool) -> Mapping[str, str]:
+        """Return the official md5 by name of the labeled batches of one split."""
+        return dict(self.source.train_list if train else self.source.test_list)
+
+    def required(self, *, train: bool) -> Mapping[str, str]:
+        """Return the official md5 by name of the files from which one split is loaded."""
+        return {**self.labeled(train=train), **self.meta_md5s}
+
+    @property
+    def all(self) -> Mapping[str, str]:
+        """Official md5 by name of all files that are ever read."""
+        return {**self.required(train=True), **self.required(train=False)}
+
+    @property
+    def download_hint(self) -> str:
+        return f"to download {self.title}, name another directory with DATA_DIR= (--set data.root=)"
+
+
+def provide_files(files: OfficialFiles, root: Path, *, train: bool) -> Path:
+    """Return the directory of the files of one split; unpack or download the archive if there are none.
+
+    Args:
+        files: Version of CIFAR.
+        root: Directory that contains the directory of the files, or see `find_files`.
+        train: Whether the training set is needed; otherwise the test set.
+
+    Raises:
+        InputError: If a file is missing, or the download failed.
+    """
+    required = files.required(train=train)
+    directory = find_files(files, root, required) or install_files(files, root)
+    check_complete(files, directory, required)
+    if directory != root / files.directory:
+        logger.info("data.root   %s is in %s", files.title, directory)
+    return directory
 
 
 # --- Finding and verifying ----------------------------------------------------------------------------------------
 
 
-def find_cifar10(root: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -> Path | None:
+def find_files(files: OfficialFiles, root: Path, md5s: Mapping[str, str]) -> Path | None:
     """Return the directory with the official files: `root`/cifar-10-batches-py, or `root`, or one level down or up.
 
     Args:
+        files: Version of CIFAR.
         root: Directory that the user named.
         md5s: Official md5 by name of the files that are needed.
 
@@ -54,28 +100,29 @@ def find_cifar10(root: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -> Path | 
     Raises:
         InputError: If the directory cannot be accessed, or several have the files.
     """
-    for directory in (root, root / CIFAR10_DIR):
-        stat_path(directory / CIFAR10_DIR)  # raises if the directory cannot be accessed
-    for directories in _search_order(root):
+    for directory in (root, root / files.directory):
+        stat_path(directory / files.directory)  # raises if the directory cannot be accessed
+    for directories in _search_order(root, files.directory):
         found = {directory.resolve(): directory for directory in directories if not missing_files(directory, md5s)}
         if len(found) > 1:
             copies = ", ".join(map(str, found.values()))
-            raise InputError(f"{root}: has several copies of CIFAR-10 ({copies}); name one with DATA_DIR=")
+            raise InputError(f"{root}: has several copies of {files.title} ({copies}); name one with DATA_DIR=")
         if found:
             return found.popitem()[1]
-    nested = root / CIFAR10_DIR / CIFAR10_DIR
-    incomplete = [path for path in (root / CIFAR10_DIR, root, nested) if missing_files(path) != list(OFFICIAL_MD5S)]
+    usual = root / files.directory
+    candidates = (usual, root, usual / files.directory)
+    incomplete = [path for path in candidates if missing_files(path, files.all) != list(files.all)]
     return incomplete[0] if incomplete else None
 
 
-def _search_order(root: Path) -> Iterator[list[Path]]:
+def _search_order(root: Path, name: str) -> Iterator[list[Path]]:
     """Yield groups of directories that may contain the files, the most likely group first."""
-    yield [root / CIFAR10_DIR]
+    yield [root / name]
     yield [root]
     # Hidden directories are downloads in progress, among others.
     subdirectories = [path for path in _list_visible(root) if os.path.isdir(path)]
-    yield [*subdirectories, *(path / CIFAR10_DIR for path in subdirectories)]
-    yield [root.parent / CIFAR10_DIR]
+    yield [*subdirectories, *(path / name for path in subdirectories)]
+    yield [root.parent / name]
 
 
 def _list_visible(directory: Path) -> list[Path]:
@@ -87,21 +134,22 @@ def _list_visible(directory: Path) -> list[Path]:
     return [path for path in paths if not path.name.startswith(".")]
 
 
-def missing_files(directory: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -> list[str]:
+def missing_files(directory: Path, md5s: Mapping[str, str]) -> list[str]:
     """Return the names of the official files that are missing.
 
     Args:
-        directory: Path of `cifar-10-batches-py`.
+        directory: Directory of the files.
         md5s: Official md5 by name of the files to check.
     """
     return [name for name in md5s if not os.path.isfile(directory / name)]
 
 
-def check_complete(directory: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -> None:
+def check_complete(files: OfficialFiles, directory: Path, md5s: Mapping[str, str]) -> None:
     """Check that no official file is missing.
 
     Args:
-        directory: Path of `cifar-10-batches-py`.
+        files: Version of CIFAR.
+        directory: Directory of the files.
         md5s: Official md5 by name of the files to check.
 
     Raises:
@@ -109,16 +157,16 @@ def check_complete(directory: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -> 
     """
     if missing := missing_files(directory, md5s):
         raise InputError(
-            f"{directory}: no file {', '.join(missing)}; unpack {CIFAR10.url} again and copy what is missing; "
-            f"or {DOWNLOAD_HINT}"
+            f"{directory}: no file {', '.join(missing)}; unpack {files.source.url} again and copy what is missing; "
+            f"or {files.download_hint}"
         )
 
 
-def mismatched_files(directory: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -> list[str]:
+def mismatched_files(directory: Path, md5s: Mapping[str, str]) -> list[str]:
     """Return the names of the files whose contents are not the official ones; all files must exist.
 
     Args:
-        directory: Path of `cifar-10-batches-py`.
+        directory: Directory of the files.
         md5s: Official md5 by name of the files to check.
 
     Raises:
@@ -135,10 +183,10 @@ def mismatched_files(directory: Path, md5s: Mapping[str, str] = OFFICIAL_MD5S) -
         return [name for name, actual in zip(md5s, pool.map(md5, md5s), strict=True) if actual != md5s[name]]
 
 
-def describe_contents(root: Path) -> str:
+def describe_contents(files: OfficialFiles, root: Path) -> str:
     """Return, in words, what `root` contains instead of the official files."""
-    directories = [path for path in (root / CIFAR10_DIR, root) if is_directory(path)]
-    for pattern, description in OTHER_VERSIONS.items():
+    directories = [path for path in (root / files.directory, root) if is_directory(path)]
+    for pattern, description in files.other_versions.items():
         for directory in directories:
             if found := min(directory.glob(pattern), default=None):
                 return f"{found} is {description}"
@@ -152,78 +200,80 @@ def describe_contents(root: Path) -> str:
 # --- Unpacking and downloading ------------------------------------------------------------------------------------
 
 
-def find_archive(root: Path) -> Path | None:
+def find_archive(files: OfficialFiles, root: Path) -> Path | None:
     """Return the official archive to unpack, verified by its md5, or None if it has to be downloaded.
 
     Raises:
         InputError: If there is no archive and something else is in the place of the download, or an archive cannot be
             read.
     """
-    for archive in (root / CIFAR10.filename, root / CIFAR10_DIR / CIFAR10.filename):
+    source, directory = files.source, root / files.directory
+    for archive in (root / source.filename, directory / source.filename):
         try:
-            if check_integrity(archive, CIFAR10.tgz_md5):
+            if check_integrity(archive, source.tgz_md5):
                 return archive
         except OSError as error:
             raise InputError(f"{archive}: cannot read the archive: {error.strerror}") from None
-    for path in (root, root / CIFAR10_DIR):
+    for path in (root, directory):
         if path.is_symlink() and not path_exists(path):
-            raise InputError(f"{path}: links to {os.readlink(path)}, which does not exist; {DOWNLOAD_HINT}")
+            raise InputError(f"{path}: links to {os.readlink(path)}, which does not exist; {files.download_hint}")
         if path_exists(path) and not is_directory(path):
-            raise InputError(f"{path}: is a file, not a directory of CIFAR-10; {DOWNLOAD_HINT}")
-    if _list_visible(root / CIFAR10_DIR):
-        raise InputError(f"{root / CIFAR10_DIR}: has no official file ({describe_contents(root)}); {DOWNLOAD_HINT}")
+            raise InputError(f"{path}: is a file, not a directory of {files.title}; {files.download_hint}")
+    if _list_visible(directory):
+        found = describe_contents(files, root)
+        raise InputError(f"{directory}: has no official file ({found}); {files.download_hint}")
     return None
 
 
-def install_cifar10(root: Path) -> Path:
+def install_files(files: OfficialFiles, root: Path) -> Path:
     """Unpack the official archive if it is in `root`, otherwise download it; return the directory of the files.
 
     Raises:
         InputError: If something else is in the place of the files, or they cannot be written or downloaded.
     """
-    if archive := find_archive(root):
-        directory = archive.parent / CIFAR10_DIR
+    if archive := find_archive(files, root):
+        directory = archive.parent / files.directory
         logger.info("unpacking   %s to %s", archive, directory)
         try:
-            _install(directory, lambda staging: extract_archive(archive, staging))
+            _install(files, directory, lambda staging: extract_archive(archive, staging))
         except OSError as error:
             raise InputError(
                 f"{archive}: cannot unpack it in {archive.parent}: {error.strerror}; unpack it elsewhere and name that "
                 "directory with DATA_DIR= (--set data.root=)"
             ) from None
         return directory
-    download_cifar10(root)
-    return root / CIFAR10_DIR
+    download_files(files, root)
+    return root / files.directory
 
 
-def download_cifar10(root: Path) -> None:
-    """Download, md5-verify and extract the official archive; `root`/cifar-10-batches-py appears when it is complete.
+def download_files(files: OfficialFiles, root: Path) -> None:
+    """Download, md5-verify and extract the official archive; the directory appears when it is complete.
 
     Raises:
         InputError: If the download failed or cannot be written; directories created for it are removed.
     """
-    found = describe_contents(root)
-    logger.info("download    no CIFAR-10 in %s, one level down or up (%s)", root, found)
+    source, found = files.source, describe_contents(files, root)
+    logger.info("download    no %s in %s, one level down or up (%s)", files.title, root, found)
     created = [parent for parent in (root, *root.parents) if not path_exists(parent)]
 
     def download(staging: str) -> None:
-        download_and_extract_archive(CIFAR10.url, staging, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+        download_and_extract_archive(source.url, staging, filename=source.filename, md5=source.tgz_md5)
 
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _install(root / CIFAR10_DIR, download)
+        _install(files, root / files.directory, download)
     except (URLError, OSError, RuntimeError, HTTPException) as error:
         for parent in created:
             with suppress(OSError):  # never created, or used by another process
                 parent.rmdir()
         raise InputError(
-            f"{root}: contains no CIFAR-10, nor does the level below or above ({found}), and the download failed "
-            f"({error}): put the official files into {root / CIFAR10_DIR} (from {CIFAR10.url}), or use the synthetic "
+            f"{root}: contains no {files.title}, nor does the level below or above ({found}), and the download failed "
+            f"({error}): put the official files into {root / files.directory} (from {source.url}), or use the synthetic "
             "dataset with DATA=synthetic (--set data.dataset=synthetic)"
         ) from None
 
 
-def _install(directory: Path, extract: Callable[[str], object]) -> None:
+def _install(files: OfficialFiles, directory: Path, extract: Callable[[str], object]) -> None:
     """Extract into a temporary directory and rename, unless another process has finished first."""
     try:
         with tempfile.TemporaryDirectory(
@@ -232,7 +282,7 @@ def _install(directory: Path, extract: Callable[[str], object]) -> None:
             extract(staging)
             with suppress(OSError):  # an empty directory, which Windows does not replace
                 directory.rmdir()
-            replace(Path(staging) / CIFAR10_DIR, directory)
+            replace(Path(staging) / files.directory, directory)
     except Exception:
-        if missing_files(directory) == list(OFFICIAL_MD5S):
+        if missing_files(directory, files.all) == list(files.all):
             raise

@@ -1,4 +1,4 @@
-"""Finding, verifying, unpacking and downloading the official files of CIFAR-10."""
+"""Finding, verifying, unpacking and downloading the official files of CIFAR."""
 
 import gzip
 import hashlib
@@ -7,27 +7,23 @@ import shutil
 import tarfile
 from http.client import IncompleteRead
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 
-from cifar_ignite.data import cifar10_files
-from cifar_ignite.data.cifar10 import load_cifar10
-from cifar_ignite.data.cifar10_files import (
-    CIFAR10_DIR,
-    OFFICIAL_MD5S,
-    TRAIN_MD5S,
-    find_cifar10,
-    install_cifar10,
-    mismatched_files,
-    missing_files,
-)
+from cifar_ignite.data import cifar_files
+from cifar_ignite.data.cifar10 import CIFAR10_FILES
+from cifar_ignite.data.cifar_files import find_files, install_files, mismatched_files, missing_files
 from cifar_ignite.errors import InputError
-from tests.data.helpers import md5s_of
+from tests.data.helpers import CIFAR10_DIR, load_cifar10, md5s_of, use_official
 from tests.helpers import posix_only, snapshot, write_batch
 
-ARCHIVE = cifar10_files.CIFAR10.filename
+ARCHIVE = CIFAR10_FILES.source.filename
+OFFICIAL_MD5S = CIFAR10_FILES.all
+
+
+def find_cifar10(root, md5s=OFFICIAL_MD5S):
+    return find_files(CIFAR10_FILES, root, md5s)
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def offline(monkeypatch):
         calls.append(arguments)
         raise URLError("no route to host")
 
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", fail)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", fail)
     return calls
 
 
@@ -49,8 +45,7 @@ def write_archive(path, directory, monkeypatch):
     with tarfile.open(path, "w:gz") as archive:
         archive.add(directory, CIFAR10_DIR)
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    official = SimpleNamespace(filename=ARCHIVE, tgz_md5=md5, url=cifar10_files.CIFAR10.url)
-    monkeypatch.setattr(cifar10_files, "CIFAR10", official)
+    use_official(monkeypatch, tgz_md5=md5)
     return path
 
 
@@ -60,14 +55,14 @@ def write_archive(path, directory, monkeypatch):
 def test_missing_and_mismatched_files_are_listed(cifar_root):
     directory = cifar_root / CIFAR10_DIR
     assert list(OFFICIAL_MD5S) == [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    assert missing_files(directory) == []
-    assert mismatched_files(directory) == list(OFFICIAL_MD5S)
+    assert missing_files(directory, OFFICIAL_MD5S) == []
+    assert mismatched_files(directory, OFFICIAL_MD5S) == list(OFFICIAL_MD5S)
     md5s = md5s_of(directory, "data_batch_1", "data_batch_2", "test_batch")
     assert mismatched_files(directory, md5s) == []
     (directory / "data_batch_2").write_bytes(b"")
     assert mismatched_files(directory, md5s) == ["data_batch_2"]
     (directory / "data_batch_2").unlink()
-    assert missing_files(directory) == missing_files(directory, md5s) == ["data_batch_2"]
+    assert missing_files(directory, OFFICIAL_MD5S) == missing_files(directory, md5s) == ["data_batch_2"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +96,7 @@ def test_find_cifar10_prefers_place_of_download_then_complete_files(tmp_path, ci
     shutil.copytree(usual, nested)
     assert find_cifar10(cifar_root) == usual
     (usual / "test_batch").unlink()
-    assert find_cifar10(cifar_root, TRAIN_MD5S) == usual
+    assert find_cifar10(cifar_root, CIFAR10_FILES.required(train=True)) == usual
     assert find_cifar10(cifar_root) == nested
     (nested / "test_batch").unlink()
     assert find_cifar10(cifar_root) == usual
@@ -244,7 +239,7 @@ def test_unpacking_that_fails_leaves_nothing_and_names_cause(tmp_path, cifar_roo
         (Path(directory) / CIFAR10_DIR).mkdir()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cifar10_files, "extract_archive", fail)
+    monkeypatch.setattr(cifar_files, "extract_archive", fail)
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match=f"{ARCHIVE}: cannot unpack it in .*No space left on device"):
         load_cifar10(archive.parent, train=True)
@@ -274,14 +269,14 @@ def test_download_without_network_gives_advice_and_leaves_nothing(tmp_path, offl
 def test_download_to_path_below_a_file_gives_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="Not a directory"):
-        install_cifar10(tmp_path / "file" / "a" / "data")
+        install_files(CIFAR10_FILES, tmp_path / "file" / "a" / "data")
 
 
 def test_download_that_breaks_off_gives_one_line(tmp_path, monkeypatch):
     def break_off(*_, **__):
         raise IncompleteRead(b"x", 10)
 
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", break_off)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", break_off)
     with pytest.raises(InputError, match="IncompleteRead"):
         load_cifar10(tmp_path / "data", train=True)
     assert not snapshot(tmp_path)
@@ -294,14 +289,14 @@ def test_download_appears_only_when_complete(tmp_path, monkeypatch, is_empty):
         directory.mkdir(parents=True)
 
     def download(url, root, filename, md5):
-        assert md5 == cifar10_files.CIFAR10.tgz_md5
+        assert md5 == CIFAR10_FILES.source.tgz_md5
         staged = Path(root) / CIFAR10_DIR
         staged.mkdir()
         for number in range(1, 6):
-            assert missing_files(directory) == list(OFFICIAL_MD5S)
+            assert missing_files(directory, OFFICIAL_MD5S) == list(OFFICIAL_MD5S)
             write_batch(staged / f"data_batch_{number}", 10, number)
 
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", download)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", download)
     assert len(load_cifar10(tmp_path / "data", train=True)) == 50
     assert [path.name for path in (tmp_path / "data").iterdir()] == [CIFAR10_DIR]
 
@@ -312,5 +307,5 @@ def test_download_finished_by_another_process_is_used(tmp_path, monkeypatch):
             (directory / CIFAR10_DIR).mkdir()
             write_batch(directory / CIFAR10_DIR / "test_batch", 10, 1)
 
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", download)
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", download)
     assert len(load_cifar10(tmp_path / "data", train=False)) == 10
