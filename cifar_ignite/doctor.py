@@ -12,10 +12,11 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
@@ -23,6 +24,9 @@ from cifar_ignite.config import Config
 from cifar_ignite.config_io import parse_config
 from cifar_ignite.errors import InputError, TrainingError, first_line
 from cifar_ignite.files import path_exists
+
+if TYPE_CHECKING:
+    from cifar_ignite.data.cifar_files import OfficialFiles
 
 PACKAGES = ("ignite", "numpy", "pandas", "matplotlib", "tensorboardX", "tqdm", "pydantic", "jinja2", "PIL")
 EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tensorboard": ("tensorboard",)}
@@ -60,13 +64,13 @@ def run_checks(overrides: Sequence[str] = ()) -> None:
     """Run all checks and log one line for each.
 
     Args:
-        overrides: Strings `section.key=value`; `data.root` and `output_dir` are used.
+        overrides: Strings `section.key=value`; the section `data` and `output_dir` are used.
 
     Raises:
         TrainingError: If a check failed with status "error".
     """
     config = parse_config({}, "--set", overrides)
-    checks: list[Callable[[], CheckResult]] = [
+    checks: list[Callable[[], CheckResult | list[CheckResult]]] = [
         check_python,
         check_torch_and_torchvision,
         check_packages,
@@ -75,13 +79,14 @@ def run_checks(overrides: Sequence[str] = ()) -> None:
         partial(check_dataset, config),
         partial(check_disk, config),
     ]
-    num_errors = 0
+    results: list[CheckResult] = []
     for check in checks:
-        result = check()
-        num_errors += result.status == "error"
-        logger.info("%s", result)
-    if num_errors:
-        raise TrainingError(f"{num_errors} of {len(checks)} checks failed, see above")
+        found = check()
+        for result in found if isinstance(found, list) else [found]:
+            logger.info("%s", result)
+            results.append(result)
+    if num_errors := sum(result.status == "error" for result in results):
+        raise TrainingError(f"{num_errors} of {len(results)} checks failed, see above")
 
 
 # --- Installation -------------------------------------------------------------------------------------------------
@@ -169,43 +174,85 @@ def check_device() -> CheckResult:
         return CheckResult("device", "error", f"not usable ({first_line(error)})", EARLIER_ERRORS_HINT)
 
 
-def check_dataset(config: Config) -> CheckResult:
-    """Check that CIFAR-10 is found, by its md5 checksums, and that files that differ can be loaded."""
+def check_dataset(config: Config) -> list[CheckResult]:
+    """Check that the configured dataset can be loaded; one result per finding."""
     try:
-        from cifar_ignite.data import cifar10, cifar10_files
+        from cifar_ignite.data.cifar10 import CIFAR10_FILES
+        from cifar_ignite.data.cifar100 import CIFAR100_FILES
     except Exception as error:
-        return CheckResult("data", "error", f"cannot be checked ({first_line(error)})", EARLIER_ERRORS_HINT)
-    root = config.data.root
+        return [CheckResult("data", "error", f"cannot be checked ({first_line(error)})", EARLIER_ERRORS_HINT)]
     try:
-        directory = cifar10_files.find_cifar10(root)
-        if not directory:
-            return _check_installable(root)
-        cifar10_files.check_complete(directory)
-        mismatched = cifar10_files.mismatched_files(directory)
-        for name in mismatched:
-            cifar10.load_labeled_batch(directory / name)
+        if files := {"cifar10": CIFAR10_FILES, "cifar100": CIFAR100_FILES}.get(config.data.dataset):
+            return [_check_official_files(config, files)]
+        return list(_check_loaded_dataset(config))
     except InputError as error:
-        return CheckResult("data", "error", first_line(error))
-    if mismatched:
+        return [CheckResult("data", "error", first_line(error))]
+
+
+def _check_official_files(config: Config, files: "OfficialFiles") -> CheckResult:
+    """Check that the official files are found, by their md5 checksums, and that files that differ can be loaded.
+
+    Raises:
+        InputError: If training would fail.
+    """
+    from cifar_ignite.data import cifar_files
+    from cifar_ignite.data.cifar_batches import load_labeled_batch
+
+    root = config.data.root
+    directory = cifar_files.find_files(files, root, files.all)
+    if not directory:
+        return _check_installable(files, root)
+    cifar_files.check_complete(files, directory, files.all)
+    if mismatched := cifar_files.mismatched_files(directory, files.all):
+        num_classes = len(files.load_class_names(directory))
+        for name in mismatched:
+            if name not in files.meta_md5s:
+                load_labeled_batch(directory / name, files.label_key, num_classes)
         message = f"{directory}: not the official files: {', '.join(mismatched)}"
         return CheckResult("data", "warning", message, "accuracies are not comparable to published ones")
-    return CheckResult("data", "ok", f"{directory}: the official CIFAR-10 files")
+    return CheckResult("data", "ok", f"{directory}: the official {files.title} files")
 
 
-def _check_installable(root: Path) -> CheckResult:
-    """Check that the first training can unpack or download CIFAR-10.
+def _check_installable(files: "OfficialFiles", root: Path) -> CheckResult:
+    """Check that the first training can unpack or download the official files.
 
     Raises:
         InputError: If something else is in the place of the files, or they cannot be written.
     """
-    from cifar_ignite.data.cifar10_files import describe_contents, find_archive
+    from cifar_ignite.data.cifar_files import describe_contents, find_archive
 
-    archive = find_archive(root)
+    archive = find_archive(files, root)
     _write_probe_file(_existing_parent(archive.parent if archive else root))
     if archive:
         return CheckResult("data", "ok", f"{archive}: the official archive; unpacked by the first training")
     hint = "downloaded by the first training; or set DATA_DIR=, or train with DATA=synthetic"
-    return CheckResult("data", "warning", f"no CIFAR-10 in {root} ({describe_contents(root)})", hint)
+    return CheckResult("data", "warning", f"no {files.title} in {root} ({describe_contents(files, root)})", hint)
+
+
+def _check_loaded_dataset(config: Config) -> Iterator[CheckResult]:
+    """Load all splits of a dataset; yield what they contain, unreadable files, duplicates, and a missing test set.
+
+    Raises:
+        InputError: If training would fail.
+    """
+    from cifar_ignite.data.inspection import describe_duplicates, find_duplicates, inspect_dataset
+
+    report = inspect_dataset(config.data)
+    yield CheckResult("data", "ok", f"{config.data.dataset}: {report.describe()}")
+    if len(report.sizes):
+        yield CheckResult("image sizes", "ok", report.describe_sizes(config.data.image_size))
+    if report.missing_test:
+        yield CheckResult("test set", "warning", report.missing_test, "only evaluate needs a test set")
+    if num_unreadable := {name: count for name, count in report.num_unreadable.items() if count}:
+        message = "unreadable files, listed above: " + ", ".join(f"{n} of {name}" for name, n in num_unreadable.items())
+        is_allowed = max(num_unreadable.values()) <= config.data.max_unreadable
+        hint = f"remove them, or set data.max_unreadable={max(num_unreadable.values())}"
+        yield CheckResult("files", "warning", message) if is_allowed else CheckResult("files", "error", message, hint)
+    lines = list(describe_duplicates(find_duplicates(report.splits)))
+    for line in lines:
+        yield CheckResult("duplicates", "warning", line, "accuracies are too high if images leak between splits")
+    if not lines:
+        yield CheckResult("duplicates", "ok", "no image is in two splits, or has two labels")
 
 
 def check_disk(config: Config) -> CheckResult:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cifar_ignite import doctor
-from cifar_ignite.data import cifar10_files
+from cifar_ignite.data.cifar10 import CIFAR10_FILES
 from tests.helpers import posix_only, snapshot
 
 
@@ -78,16 +78,15 @@ def test_check_torch_and_torchvision_reports_failed_import(monkeypatch):
 
 
 def test_check_dataset_with_broken_torchvision_refers_to_earlier_errors(tiny_config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cifar_ignite.data.cifar10_files", None)
-    monkeypatch.delattr("cifar_ignite.data.cifar10_files")
-    result = doctor.check_dataset(tiny_config())
+    monkeypatch.setitem(sys.modules, "cifar_ignite.data.cifar10", None)
+    (result,) = doctor.check_dataset(tiny_config())
     assert result.status == "error"
     assert result.hint == doctor.EARLIER_ERRORS_HINT
 
 
 @pytest.mark.parametrize("nesting", ["data", "data/cifar-10-batches-py", "."])
 def test_check_dataset_finds_what_training_finds(tmp_path, cifar_root, tiny_config, nesting):
-    result = doctor.check_dataset(tiny_config(data={"root": str(tmp_path / nesting)}))
+    (result,) = doctor.check_dataset(tiny_config(data={"root": str(tmp_path / nesting)}))
     assert result.status == "warning"
     assert f"{cifar_root / 'cifar-10-batches-py'}: not the official files" in result.message
 
@@ -96,13 +95,13 @@ def test_check_dataset_finds_what_training_finds(tmp_path, cifar_root, tiny_conf
 def test_check_dataset_reports_what_training_refuses(tmp_path, cifar_root, tiny_config):
     directory = cifar_root / "cifar-10-batches-py"
     (directory / "data_batch_3").write_bytes(b"damaged")
-    result = doctor.check_dataset(tiny_config())
+    (result,) = doctor.check_dataset(tiny_config())
     assert (result.status, "data_batch_3: refused" in result.message) == ("error", True)
     shutil.rmtree(directory)
     directory.symlink_to("/mnt/gone")
-    result = doctor.check_dataset(tiny_config())
+    (result,) = doctor.check_dataset(tiny_config())
     assert (result.status, "which does not exist" in result.message) == ("error", True)
-    result = doctor.check_dataset(tiny_config(data={"root": "x" * 300}))
+    (result,) = doctor.check_dataset(tiny_config(data={"root": "x" * 300}))
     assert (result.status, "cannot access this path" in result.message) == ("error", True)
 
 
@@ -111,9 +110,9 @@ def test_check_dataset_with_official_archive_is_ok(tmp_path, tiny_config, monkey
     path = tmp_path / "root" / "cifar-10-python.tar.gz"
     path.write_bytes(b"x")
     config = tiny_config(data={"root": str(tmp_path / "root")})
-    assert "is not the official archive" in doctor.check_dataset(config).message
-    monkeypatch.setattr(cifar10_files.CIFAR10, "tgz_md5", hashlib.md5(b"x").hexdigest())
-    result = doctor.check_dataset(config)
+    assert "is not the official archive" in doctor.check_dataset(config)[0].message
+    monkeypatch.setattr(CIFAR10_FILES.source, "tgz_md5", hashlib.md5(b"x").hexdigest())
+    (result,) = doctor.check_dataset(config)
     assert result.status == "ok"
     assert f"{path}: the official archive" in result.message
 
@@ -144,7 +143,7 @@ def test_check_disk_reports_directory_that_cannot_be_written(tmp_path, tiny_conf
     assert result.status == "error"
     assert f"cannot write to {tmp_path}" in result.message
     assert "Read-only file system" in result.message
-    result = doctor.check_dataset(tiny_config(data={"root": str(tmp_path / "new" / "data")}))
+    (result,) = doctor.check_dataset(tiny_config(data={"root": str(tmp_path / "new" / "data")}))
     assert result.status == "error"
     assert result.message == f"cannot write to {tmp_path}: Read-only file system"
 

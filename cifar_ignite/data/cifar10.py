@@ -3,8 +3,8 @@
 from torchvision.datasets import CIFAR10
 
 from cifar_ignite.config import DataConfig
-from cifar_ignite.data.cifar_batches import load_batches
-from cifar_ignite.data.cifar_files import OfficialFiles, provide_files
+from cifar_ignite.data.cifar_batches import load_cifar
+from cifar_ignite.data.cifar_files import OfficialFiles
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.registry import register_dataset
 
@@ -13,6 +13,7 @@ CIFAR10_FILES = OfficialFiles(
     title="CIFAR-10",
     source=CIFAR10,
     label_key="labels",
+    load_class_names=lambda directory: CIFAR10_CLASSES,  # batches.meta is never read
     meta_md5s={},
     other_versions={
         "*_batch*.gz": "gzipped: gunzip it and the other batches",
@@ -29,5 +30,4 @@ CIFAR10_FILES = OfficialFiles(
 @register_dataset
 def cifar10(config: DataConfig, *, train: bool) -> ImageDataset:
     """CIFAR-10 from `config.root`, unpacked or downloaded on first use."""
-    directory = provide_files(CIFAR10_FILES, config.root, train=train)
-    return load_batches(CIFAR10_FILES, directory, CIFAR10_CLASSES, train=train)
+    return load_cifar(CIFAR10_FILES, config.root, train=train)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cifar_ignite.data.batch_entries import describe, get_entry, to_images, to_list
-from cifar_ignite.data.cifar_files import OfficialFiles, mismatched_files
+from cifar_ignite.data.cifar_files import OfficialFiles, mismatched_files, provide_files
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.unpickling import load_pickle
 from cifar_ignite.errors import InputError
@@ -15,18 +15,19 @@ from cifar_ignite.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def load_batches(files: OfficialFiles, directory: Path, class_names: tuple[str, ...], *, train: bool) -> ImageDataset:
+def load_cifar(files: OfficialFiles, root: Path, *, train: bool) -> ImageDataset:
     """Load the training or test images; log a warning if the files are not the official ones.
 
     Args:
         files: Version of CIFAR.
-        directory: Directory that contains all required files.
-        class_names: Names of the classes in the order of the labels.
+        root: Directory that contains the directory of the files, or see `find_files`.
         train: Whether to load the training set; otherwise the test set. The other set's files are not read.
 
     Raises:
-        InputError: If a file is malformed or unsafe.
+        InputError: If a file is missing, malformed or unsafe, or the download failed.
     """
+    directory = provide_files(files, root, train=train)
+    class_names = files.load_class_names(directory)
     names = files.labeled(train=train)
     batches = [load_labeled_batch(directory / name, files.label_key, len(class_names)) for name in names]
     if mismatched := mismatched_files(directory, files.required(train=train)):

@@ -31,6 +31,7 @@ class OfficialFiles:
         title: Name of the dataset in messages.
         source: Dataset of torchvision with the names, md5s and URL of the files.
         label_key: Key of the labels in a batch.
+        load_class_names: Function that returns the names in label order, from the directory of the files.
         meta_md5s: Official md5 by name of the file with the class names; empty if it is not read.
         other_versions: What else people have, by file name; the first match is reported.
     """
@@ -38,6 +39,7 @@ class OfficialFiles:
     title: str
     source: type[CIFAR10]
     label_key: str
+    load_class_names: Callable[[Path], tuple[str, ...]]
     meta_md5s: Mapping[str, str]
     other_versions: Mapping[str, str]
 
@@ -268,8 +270,8 @@ def download_files(files: OfficialFiles, root: Path) -> None:
                 parent.rmdir()
         raise InputError(
             f"{root}: contains no {files.title}, nor does the level below or above ({found}), and the download failed "
-            f"({error}): put the official files into {root / files.directory} (from {source.url}), or use the synthetic "
-            "dataset with DATA=synthetic (--set data.dataset=synthetic)"
+            f"({error}): put the official files into {root / files.directory} (from {source.url}), or use the "
+            "synthetic dataset with DATA=synthetic (--set data.dataset=synthetic)"
         ) from None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ class DatasetReport:
         labeled = {name: split.class_counts for name, split in self.splits.items() if split.labels is not None}
         return pd.DataFrame(labeled, index=list(self.class_names))
 
+    def describe(self) -> str:
+        """Return the number of classes, and of images per split with the rarest and the most frequent class."""
+        parts = [f"{len(self.class_names)} classes"]
+        for name, split in self.splits.items():
+            counts = sorted(zip(split.class_counts, split.class_names, strict=True))
+            (low, rarest), (high, most) = counts[0], counts[-1]
+            per_class = "unlabeled" if split.labels is None else f"from {low} ({rarest}) to {high} ({most}) per class"
+            parts.append(f"{len(split):,} {name} images, {per_class}")
+        return "; ".join(parts)
+
+    def describe_sizes(self, image_size: int) -> str:
+        """Return the range of the sizes of all files, and how many have to be enlarged to `image_size`."""
+        quantiles = {"smallest": 0.0, "median": 0.5, "largest": 1.0}
+        width, height = (np.quantile(sides, list(quantiles.values())).astype(int) for sides in self.sizes.T)
+        text = ", ".join(f"{name} {w}x{h}" for name, w, h in zip(quantiles, width, height, strict=True))
+        num_small = int((self.sizes.min(axis=1) < image_size).sum())
+        return f"width x height {text}; {num_small} of {len(self.sizes)} are smaller than data.image_size={image_size}"
+
 
 def inspect_dataset(config: DataConfig) -> DatasetReport:
     """Load all splits of the configured dataset; unreadable files are left out and counted.
@@ -58,20 +77,21 @@ def inspect_dataset(config: DataConfig) -> DatasetReport:
     Raises:
         InputError: If the training set is invalid.
     """
-    lenient = config.model_copy(update={"max_unreadable": NO_LIMIT})
-    files = _list_files(config, train=True)
-    train_set, val_set = train_val_split(load_dataset(lenient, train=True), config.val_size, config.split_seed)
+    config = config.model_copy(update={"max_unreadable": NO_LIMIT})
+    dataset = load_dataset(config, train=True)
+    train_set, val_set = train_val_split(dataset, config.val_size, config.split_seed)
     splits, missing_test = {"train": train_set, "val": val_set}, ""
+    files = _list_files(config, train=True)
+    num_read = {"train": len(dataset), "val": len(dataset.val or ())}
     try:
+        splits["test"] = load_dataset(config, train=False)
         files |= _list_files(config, train=False)
-        splits["test"] = load_dataset(lenient, train=False)
+        num_read["test"] = len(splits["test"])
     except InputError as error:
         missing_test = str(error)
     splits = {name: split for name, split in splits.items() if len(split)}
-    num_read = {"train": len(train_set) + (0 if "val" in files else len(val_set)), "val": len(val_set)}
-    num_read["test"] = len(splits["test"]) if "test" in splits else 0
     num_unreadable = {name: len(paths) - num_read[name] for name, paths in files.items()}
-    return DatasetReport(splits, num_unreadable, read_sizes(sum(files.values(), [])), missing_test)
+    return DatasetReport(splits, num_unreadable, read_sizes([*chain(*files.values())]), missing_test)
 
 
 def _list_files(config: DataConfig, *, train: bool) -> dict[str, list[Path]]:

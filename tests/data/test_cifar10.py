@@ -60,9 +60,8 @@ def test_load_cifar10_with_official_files_does_not_warn(cifar_root, caplog, monk
 )
 def test_load_labeled_batch_accepts_labels_of_numpy(tmp_path, labels):
     for write in (dump, dump_python2):
-        images, loaded = load_labeled_batch(
-            write(tmp_path / "batch", {b"data": UINT8, b"labels": labels}), "labels", 10
-        )
+        path = write(tmp_path / "batch", {b"data": UINT8, b"labels": labels})
+        images, loaded = load_labeled_batch(path, "labels", 10)
         assert np.array_equal(images.reshape(2, 3072).numpy(), UINT8)
         assert loaded.tolist() == [1, 9]
         assert loaded.dtype == torch.int64

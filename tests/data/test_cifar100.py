@@ -70,7 +70,7 @@ def test_cifar100_from_official_cifar10_directory_is_downloaded(cifar_root, monk
 )
 def test_load_class_names_of_malformed_file_names_entry(tmp_path, meta, message):
     with pytest.raises(InputError, match=message):
-        load_class_names(dump(tmp_path / "meta", meta))
+        load_class_names(dump(tmp_path / "meta", meta).parent)
 
 
 def test_cifar100_executes_no_code_of_its_files(root, tmp_path):
