@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train evaluate predict export compare doctor tensorboard models docs bench accuracy test test-fast lint format
+.PHONY: help install demo train evaluate predict export compare doctor data tensorboard models docs bench accuracy test test-fast lint format
 
 # Only the command line sets these variables: shells and containers export such names for other programs.
 variables := MODEL RECIPE DATA DATA_DIR OUTPUT_DIR SET SEED EPOCHS RESUME NPROC CHECKPOINT TEST_FILE TTA IMAGES $\
@@ -71,8 +71,11 @@ export: $(environment) ## Write a model as a torch.export program and, with the 
 compare: $(environment) ## Compare all runs in a table and a figure
 	$(run) -m cifar_ignite compare$(overrides)
 
-doctor: $(environment) ## Check installation, device, data and disk
+doctor: $(environment) ## Check installation, device, data and disk: DATA= DATA_DIR=
 	$(run) -m cifar_ignite doctor$(overrides)
+
+data: $(environment) ## Count the images per class and draw samples of each class: DATA=folder DATA_DIR=photos
+	$(run) -m cifar_ignite data$(overrides)
 
 tensorboard: $(environment) ## Show the runs in TensorBoard (with the extra tensorboard)
 	@$(run) -c 'import tensorboard' 2>/dev/null || { echo "TensorBoard is not installed: $(run) -m pip install -e '.[tensorboard]'" >&2; exit 2; }
@@ -109,7 +112,7 @@ format: $(environment) ## Format the code
 
 install: $(environment) ## Create .venv, as other targets do unless PYTHON= has the package: PYTHON= TORCH_INDEX=
 
-## Everywhere: DATA_DIR=directory of cifar-10-batches-py, DATA=synthetic, OUTPUT_DIR=, SET="optimizer.lr=0.1 augment.erasing_scale=[0.02, 0.2]"
+## Everywhere: DATA=cifar10|cifar100|folder|synthetic, DATA_DIR=directory of the dataset, OUTPUT_DIR=, SET="optimizer.lr=0.1 augment.erasing_scale=[0.02, 0.2]"
 
 .venv/.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

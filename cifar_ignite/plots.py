@@ -40,7 +40,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
+# A decorator: figures are drawn in this style.
+default_style = style.context("default")
 DPI = 110
+# Above this number of classes, a confusion matrix shows errors only, in a smaller text.
+MANY_CLASSES = 20
 TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
 CURVE_LABELS = {
     "train_loss": "train (augmented images, smoothed targets)",
@@ -50,7 +54,7 @@ CURVE_LABELS = {
 }
 
 
-@style.context("default")
+@default_style
 def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) -> None:
     """Write loss.png, accuracy.png and learning_rate.png into `directory`.
 
@@ -78,23 +82,31 @@ def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) 
         figure.savefig(directory / f"{name}.png", format="png")
 
 
-@style.context("default")
+@default_style
 def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Plot counts by true class (row) and predicted class (column), colored by their fraction of the row."""
-    figure, axes = _create_axes("Confusion matrix", "predicted class", size=(7.5, 7))
+    """Plot counts by true class (row) and predicted class (column), colored by their fraction of the row.
+
+    The figure grows with the number of classes; with many, zeros are left out and the text is smaller.
+    """
+    num_classes = len(class_names)
+    is_large = num_classes > MANY_CLASSES
+    side = max(7.0, 0.24 * num_classes + 2)
+    figure, axes = _create_axes("Confusion matrix", "predicted class", size=(side + 0.5, side))
     fractions = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
-        color = "white" if fractions[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
+        if count or not is_large:
+            color = "white" if fractions[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=5.5 if is_large else 8)
     axes.set_ylabel("true class")
-    axes.set_xticks(range(len(class_names)), list(class_names), rotation=45, ha="right")
-    axes.set_yticks(range(len(class_names)), list(class_names))
+    angle = {"rotation": 90} if is_large else {"rotation": 45, "ha": "right"}
+    axes.set_xticks(range(num_classes), list(class_names), fontsize=8 if is_large else None, **angle)
+    axes.set_yticks(range(num_classes), list(class_names), fontsize=8 if is_large else None)
     axes.grid(False)
     figure.savefig(path, format="png")
 
 
-@style.context("default")
+@default_style
 def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
     """Plot a reliability diagram over a histogram of the confidences (Guo et al., 2017, arXiv:1706.04599).
 
@@ -103,7 +115,7 @@ def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
         error: Expected calibration error in [0, 1].
         path: PNG file.
     """
-    figure = _create_figure((6, 6))
+    figure = create_figure((6, 6))
     diagram, histogram = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     width = bins["high"] - bins["low"]
     bars = {"width": width, "align": "edge", "edgecolor": "white"}
@@ -121,30 +133,7 @@ def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-@style.context("default")
-def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> None:
-    """Plot the most confident errors as a grid of images with predicted and true class.
-
-    Args:
-        errors: N rows of `evaluation.metrics.most_confident_errors`.
-        images: uint8 (N, H, W, 3), in the same order.
-        path: PNG file.
-    """
-    columns = 6
-    rows = max(1, -(-len(errors) // columns))
-    figure = _create_figure((1.75 * columns, 2.15 * rows + 0.5))
-    figure.suptitle("Most confident errors" if len(errors) else "No errors")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, image, error in zip(grid, images, errors.to_dict("records"), strict=False):
-        axes.imshow(image, interpolation="nearest")
-        title = f"pred {error['predicted']} ({error['confidence']:.1%})\ntrue {error['true']}, ID {error['ID']}"
-        axes.set_title(title, fontsize=8)
-    figure.savefig(path, format="png")
-
-
-@style.context("default")
+@default_style
 def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Plot validation accuracy by epoch, and the best validation and test accuracy, of several runs.
 
@@ -154,7 +143,7 @@ def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], 
         path: PNG file.
     """
     height = max(4.5, 1.5 + 0.4 * len(table))
-    figure = _create_figure((13, height))
+    figure = create_figure((13, height))
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     colors = [f"C{index % 10}" for index in range(len(table))]
     _plot_run_curves(curves, [histories[run] for run in table["run"]], colors)
@@ -189,7 +178,8 @@ def _plot_run_bars(axes: Axes, table: pd.DataFrame, colors: Sequence[str]) -> No
     axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _create_figure(size: tuple[float, float]) -> Figure:
+def create_figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of a size in inches."""
     # Figure without pyplot: no display, no global state, nothing to close.
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -197,7 +187,7 @@ def _create_figure(size: tuple[float, float]) -> Figure:
 
 
 def _create_axes(title: str, xlabel: str, size: tuple[float, float] = (7, 4.5)) -> tuple[Figure, Axes]:
-    figure = _create_figure(size)
+    figure = create_figure(size)
     axes = figure.add_subplot(title=title, xlabel=xlabel)
     axes.grid(alpha=0.3)
     return figure, axes

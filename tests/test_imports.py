@@ -13,7 +13,7 @@ PACKAGE = "cifar_ignite"
 LAYERS = (
     {"__init__", "__main__"},
     {"cli"},
-    {"train", "evaluate", "predict", "export", "compare", "doctor", "list_models"},
+    {"train", "evaluate", "predict", "export", "compare", "doctor", "inspect_data", "list_models"},
     {"evaluation"},
     {"training"},
     {"checkpointing"},
@@ -21,6 +21,7 @@ LAYERS = (
     {"data"},
     {"augment"},
     {"models"},
+    {"image_plots"},
     {"config_io", "plots"},
     {"config"},
     {"files"},

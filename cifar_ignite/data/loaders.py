@@ -107,6 +107,13 @@ class TrainLoader:
             images = self.images.index_select(0, indices)
             yield self._shard(*self.transform(images, labels, epoch, flip_mask))
 
+    def peek(self) -> tuple[Tensor, Tensor]:
+        """Return the batch of the next iteration, which that iteration then draws again."""
+        iteration = self.iteration
+        batch = next(iter(self))
+        self.iteration = iteration
+        return batch
+
     def _shard(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's rows of a batch, and set the loss scale and the seed for what is drawn afterwards."""
         rows = shard_slice(len(images), self.shard)

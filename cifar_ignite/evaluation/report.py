@@ -22,7 +22,8 @@ from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.evaluation.metrics import EvaluationResult, format_per_class_table, most_confident_errors
 from cifar_ignite.evaluation.trained_model import TrainedModel
 from cifar_ignite.files import write_text
-from cifar_ignite.plots import plot_confusion_matrix, plot_misclassified, plot_reliability, plot_training_curves
+from cifar_ignite.image_plots import plot_misclassified
+from cifar_ignite.plots import plot_confusion_matrix, plot_reliability, plot_training_curves
 from cifar_ignite.training.environment import Environment
 
 TEMPLATE = "report.html.j2"

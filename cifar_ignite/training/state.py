@@ -24,6 +24,7 @@ from cifar_ignite.distributed.collectives import SyncedMetrics, all_reduce_max, 
 from cifar_ignite.errors import InputError
 from cifar_ignite.models.registry import create_model
 from cifar_ignite.training import handlers, loggers
+from cifar_ignite.training.batch_figure import attach_batch_figure
 from cifar_ignite.training.device import device_check_interval, resolve_amp_dtype
 from cifar_ignite.training.engines import create_evaluator, create_trainer, scale_loss
 from cifar_ignite.training.forward import create_forward, create_training_forward, zero_images
@@ -195,6 +196,8 @@ def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any
     state.best.attach(trainer)
     if state.early_stopping:
         handlers.attach_early_stopping(trainer, state.early_stopping)
+    figure = logs / "figures" / "train_batch.png"
+    attach_batch_figure(trainer, state.train_loader, state.config.augment, state.record.class_names, figure)
     state.closing.callback(loggers.attach_loggers(trainer, state.record, logs, options.checkpoint_every))
 
     def check() -> None:
