@@ -147,9 +147,7 @@ def create_parser() -> argparse.ArgumentParser:
     _add_overrides(export)
     _add_overrides(add("compare", "compare.compare", "compare all runs in a table and a figure"))
     _add_overrides(add("doctor", "doctor.run_checks", "check installation, device, data and disk"))
-    _add_overrides(
-        add("data", "inspect_data.inspect_data", "count the images per class and draw samples of them")
-    )
+    _add_overrides(add("data", "inspect_data.inspect_data", "count the images per class and draw samples of them"))
     add("models", "list_models.list_models", "list the models with parameters and multiply-adds")
     add("schema", "config_io.format_config_schema", "print the JSON schema of configuration files")
     add("config-reference", "config_io.format_config_reference", "print a table of all configuration keys")

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cifar_ignite.image_plots import format_target, plot_class_samples, plot_image_grid, plot_misclassified, plot_train_batch
+from cifar_ignite.image_plots import (
+    plot_misclassified,
+)
 from cifar_ignite.plots import plot_comparison, plot_confusion_matrix, plot_training_curves
 from tests.helpers import REPOSITORY, epoch_metrics
 

@@ -48,7 +48,8 @@ class TrainedModel:
 class NormalizedModel(nn.Module):
     """A trained model with its normalization, in eval mode: float32 logits (N, num_classes) of images.
 
-    The images are (N, 3, H, W), RGB, uint8, or float32 in [0, 1], on the device of the module; 32x32 as in training.
+    The images are (N, 3, H, W), RGB, uint8, or float32 in [0, 1], on the device of the module; of the size as in
+    training (`data.image_size`).
 
     Attributes:
         model: Model without the normalization.
@@ -63,8 +64,9 @@ class NormalizedModel(nn.Module):
     def __init__(self, model: nn.Module, augment: AugmentConfig, class_names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.class_names = model, tuple(class_names)
-        self.register_buffer("mean", torch.tensor(augment.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(augment.std).view(1, 3, 1, 1))
+        mean, std = augment.normalization
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval()
 
     @classmethod
