@@ -240,9 +240,9 @@ def _check_loaded_dataset(config: Config) -> Iterator[CheckResult]:
     report = inspect_dataset(config.data)
     yield CheckResult("data", "ok", f"{config.data.dataset}: {report.describe()}")
     if len(report.sizes):
-        yield CheckResult("image sizes", "ok", report.describe_sizes(config.data.image_size))
+        yield CheckResult("sizes", "ok", report.describe_sizes(config.data.image_size))
     if report.missing_test:
-        yield CheckResult("test set", "warning", report.missing_test, "only evaluate needs a test set")
+        yield CheckResult("test", "warning", report.missing_test, "only evaluate needs a test set")
     if num_unreadable := {name: count for name, count in report.num_unreadable.items() if count}:
         message = "unreadable files, listed above: " + ", ".join(f"{n} of {name}" for name, n in num_unreadable.items())
         is_allowed = max(num_unreadable.values()) <= config.data.max_unreadable

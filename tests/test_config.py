@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cifar_ignite.checkpointing.io import load_checkpoint
-from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, Config, Section
+from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, Config
+from cifar_ignite.config_fields import Section
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train

@@ -13,7 +13,8 @@ import torch
 
 from cifar_ignite import doctor
 from cifar_ignite.data.cifar10 import CIFAR10_FILES
-from tests.helpers import posix_only, snapshot
+from tests.helpers import posix_only, snapshot, write_cifar100
+from tests.helpers.images import write_photos
 
 
 def parse_lines(out):
@@ -192,3 +193,65 @@ def test_check_device_has_no_side_effects(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     assert doctor.check_device().status in ("ok", "warning")
     assert not torch.backends.cudnn.deterministic
+
+
+# --- Your own images ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos", {"train": 10, "test": 3})
+
+
+def test_doctor_reports_classes_sizes_and_duplicates_of_a_folder(command, photos):
+    status, out, _ = command("doctor", "--set", "data.dataset=folder", "--set", f"data.root={photos}")
+    assert status == 0
+    results = parse_lines(out)
+    assert results["data"][0] == "ok"
+    assert "3 classes; 27 train images (9 cat, 9 dog, 9 fish); 3 val images" in results["data"][1]
+    assert "9 test images (3 cat, 3 dog, 3 fish)" in results["data"][1]
+    assert results["sizes"][1].startswith("width x height smallest ")
+    assert results["duplicates"][0] == "ok"
+
+
+def test_doctor_warns_of_leakage_and_fails_for_unreadable_files(command, photos):
+    shutil.copy(photos / "test" / "cat" / "001.jpg", photos / "train" / "dog" / "copy.jpg")
+    (photos / "train" / "cat" / "notes.txt").write_text("no image")
+    options = ("doctor", "--set", "data.dataset=folder", "--set", f"data.root={photos}")
+    status, out, _ = command(*options)
+    assert status == 1
+    results = parse_lines(out)
+    assert "train/cat/notes.txt: not an image" in out
+    assert results["files"] == (
+        "error", "unreadable files, listed above: 1 of train; remove them, or set data.max_unreadable=1"
+    )  # fmt: skip
+    lines = [line for line in out.splitlines() if line.startswith("warning  duplicates")]
+    assert "1 images of test are in train too (train/dog/copy.jpg = test/cat/001.jpg)" in lines[0]
+    assert "different labels" in lines[1]
+    assert command(*options, "--set", "data.max_unreadable=1")[0] == 0
+
+
+def test_doctor_without_test_set_warns(command, photos):
+    shutil.rmtree(photos / "test")
+    status, out, _ = command("doctor", "--set", "data.dataset=folder", "--set", f"data.root={photos}")
+    assert status == 0
+    assert parse_lines(out)["test"][0] == "warning"
+
+
+def test_doctor_reports_folder_that_training_refuses(command, tmp_path):
+    status, out, _ = command("doctor", "--set", "data.dataset=folder", "--set", f"data.root={tmp_path / 'none'}")
+    assert status == 1
+    assert "no directory train" in parse_lines(out)["data"][1]
+
+
+def test_doctor_checks_official_files_of_cifar100(command, tmp_path):
+    root = write_cifar100(tmp_path / "data", train=100, test=100)
+    options = ("doctor", "--set", "data.dataset=cifar100", "--set", f"data.root={root}")
+    status, out, _ = command(*options)
+    assert status == 0
+    assert parse_lines(out)["data"][0] == "warning"
+    assert "cifar-100-python: not the official files: train, meta, test" in out
+    (root / "cifar-100-python" / "meta").write_bytes(b"damaged")
+    status, out, _ = command(*options)
+    assert status == 1
+    assert "meta: refused" in parse_lines(out)["data"][1]

@@ -24,6 +24,7 @@ LAYERS = (
     {"image_plots"},
     {"config_io", "plots"},
     {"config"},
+    {"config_fields"},
     {"files"},
     {"errors"},
 )

@@ -8,9 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cifar_ignite.image_plots import (
-    plot_misclassified,
-)
+from cifar_ignite.image_plots import format_target, plot_class_samples, plot_misclassified, plot_train_batch
 from cifar_ignite.plots import plot_comparison, plot_confusion_matrix, plot_training_curves
 from tests.helpers import REPOSITORY, epoch_metrics
 
@@ -37,6 +35,33 @@ def test_plot_confusion_matrix_with_empty_class(tmp_path):
 def test_plot_misclassified_without_errors_writes_a_figure(tmp_path):
     plot_misclassified(pd.DataFrame(), np.zeros((0, 32, 32, 3), np.uint8), tmp_path / "a.png")
     assert (tmp_path / "a.png").exists()
+
+
+def test_plot_confusion_matrix_grows_with_the_number_of_classes(tmp_path):
+    for num_classes in (2, 20, 21, 100):
+        names = [f"class {label}" for label in range(num_classes)]
+        plot_confusion_matrix(np.eye(num_classes, dtype=int) * 100, names, tmp_path / f"{num_classes}.png")
+    widths = [Image.open(tmp_path / f"{num_classes}.png").width for num_classes in (2, 20, 21, 100)]
+    assert widths[0] <= widths[1] <= widths[2] < widths[3]
+    assert widths[3] > 100 * 20  # pixels per class: enough for three digits
+
+
+def test_plot_train_batch_names_both_labels_of_mixed_images(tmp_path):
+    assert format_target(np.array([0, 1.0, 0]), "abc") == "b"
+    assert format_target(np.array([0.3, 0, 0.7]), "abc") == "c 70%\na 30%"
+    images = np.full((9, 16, 16, 3), 99, np.uint8)
+    plot_train_batch(images, np.eye(3)[[0, 1, 2] * 3], "abc", tmp_path / "a.png")
+    assert dark_fraction(tmp_path / "a.png") > 0.2
+
+
+def test_plot_class_samples_has_a_row_per_class(tmp_path):
+    heights = []
+    for num_classes in (2, 100, 130):
+        images = [np.full((label % 3 + 1, 8, 8, 3), label, np.uint8) for label in range(num_classes)]
+        plot_class_samples([(f"class {label}", each) for label, each in enumerate(images)], tmp_path / "a.png")
+        heights.append(Image.open(tmp_path / "a.png").height)
+    assert heights[0] < heights[1] == heights[2]
+    assert dark_fraction(tmp_path / "a.png") > 0.2
 
 
 def test_plot_comparison_shows_training_accuracy_without_validation(tmp_path):

@@ -23,6 +23,7 @@ from cifar_ignite.errors import InputError
 # A limit that no dataset reaches: unreadable files are counted instead.
 NO_LIMIT = 10**9
 MAX_EXAMPLES = 3
+MAX_LISTED_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,9 @@ class DatasetReport:
         return pd.DataFrame(labeled, index=list(self.class_names))
 
     def describe(self) -> str:
-        """Return the number of classes, and of images per split with the rarest and the most frequent class."""
+        """Return the number of classes, and of images per split and class; of many classes, the extremes."""
         parts = [f"{len(self.class_names)} classes"]
-        for name, split in self.splits.items():
-            counts = sorted(zip(split.class_counts, split.class_names, strict=True))
-            (low, rarest), (high, most) = counts[0], counts[-1]
-            per_class = "unlabeled" if split.labels is None else f"from {low} ({rarest}) to {high} ({most}) per class"
-            parts.append(f"{len(split):,} {name} images, {per_class}")
+        parts += [f"{len(split):,} {name} images ({_describe_counts(split)})" for name, split in self.splits.items()]
         return "; ".join(parts)
 
     def describe_sizes(self, image_size: int) -> str:
@@ -69,6 +66,16 @@ class DatasetReport:
         text = ", ".join(f"{name} {w}x{h}" for name, w, h in zip(quantiles, width, height, strict=True))
         num_small = int((self.sizes.min(axis=1) < image_size).sum())
         return f"width x height {text}; {num_small} of {len(self.sizes)} are smaller than data.image_size={image_size}"
+
+
+def _describe_counts(split: ImageDataset) -> str:
+    if split.labels is None:
+        return "unlabeled"
+    counts = list(zip(split.class_counts, split.class_names, strict=True))
+    if len(counts) <= MAX_LISTED_CLASSES:
+        return ", ".join(f"{count:,} {name}" for count, name in counts)
+    (low, rarest), (high, most) = min(counts), max(counts)
+    return f"from {low:,} {rarest} to {high:,} {most}"
 
 
 def inspect_dataset(config: DataConfig) -> DatasetReport:

@@ -23,11 +23,12 @@ from cifar_ignite.evaluation.metrics import EvaluationResult, format_per_class_t
 from cifar_ignite.evaluation.trained_model import TrainedModel
 from cifar_ignite.files import write_text
 from cifar_ignite.image_plots import plot_misclassified
-from cifar_ignite.plots import plot_confusion_matrix, plot_reliability, plot_training_curves
+from cifar_ignite.plots import MANY_CLASSES, plot_confusion_matrix, plot_reliability, plot_training_curves
 from cifar_ignite.training.environment import Environment
 
 TEMPLATE = "report.html.j2"
 MAX_ERRORS = 24
+MAX_CONFUSIONS = 20
 WHITE, DARK_BLUE, DARK_RED = (255, 255, 255), (8, 62, 130), (160, 20, 40)
 # On a background of this luminance, black and white text both have contrast 4.6; on any other, one of them has more.
 EQUAL_CONTRAST_LUMINANCE = 0.179
@@ -86,6 +87,7 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         summary=evaluation.summary,
         headline_metrics=headline_metrics(evaluation.summary),
         curves=training_curves(record.history, directory),
+        is_large=len(record.class_names) > MANY_CLASSES,
         per_class=format_per_class_table(evaluation.result.per_class),
         figures=write_figures(evaluation, directory),
         tta=evaluation.tta,
@@ -116,6 +118,7 @@ def write_figures(evaluation: Evaluation, directory: Path) -> dict[str, Any]:
     plot_misclassified(errors, images.permute(0, 2, 3, 1).numpy(), directory / "mistakes.png")
     return {
         "confusion": confusion_cells(result.confusion_matrix, class_names),
+        "confusions": most_frequent_confusions(result.confusion_matrix, class_names),
         "reliability": data_uri((directory / "reliability.png").read_bytes()),
         "calibration_error": f"{calibration_error:.2%}",
         "errors": error_gallery(errors, images),
@@ -201,6 +204,17 @@ def confusion_cells(matrix: np.ndarray, class_names: Sequence[str]) -> list[tupl
             )
         rows.append((true, cells))
     return rows
+
+
+def most_frequent_confusions(matrix: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """Return true class, predicted class, count and share of the true class of the largest cells off the diagonal."""
+    counts = pd.DataFrame(matrix, index=list(class_names), columns=list(class_names)).stack()
+    errors = counts[[true != predicted for true, predicted in counts.index]]
+    largest = errors[errors > 0].sort_values(ascending=False, kind="stable").head(MAX_CONFUSIONS)
+    totals = dict(zip(class_names, matrix.sum(axis=1).tolist(), strict=True))
+    return [
+        (true, predicted, f"{count:,}", f"{count / totals[true]:.1%}") for (true, predicted), count in largest.items()
+    ]
 
 
 def _cell_color(fraction: float, *, is_correct: bool) -> list[int]:

@@ -69,6 +69,17 @@ def test_train_loader_set_to_any_iteration_continues_bit_identically():
             assert torch.equal(targets, expected_targets)
 
 
+def test_peek_returns_next_batch_and_changes_nothing():
+    transform = create_train_transform(AugmentConfig(), 50, 3)
+    expected = list(create_loader(transform))
+    loader = create_loader(transform)
+    for images, targets in expected:
+        for batch in (loader.peek(), next(iter(loader))):
+            assert torch.equal(batch[0], images)
+            assert torch.equal(batch[1], targets)
+    assert loader.iteration == 4
+
+
 def test_train_loader_repeats_random_numbers_drawn_after_batch():
     """Dropout and stochastic depth draw from the global generators after the batch is made."""
 

@@ -11,9 +11,15 @@ from PIL import Image
 
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.evaluation.metrics import most_confident_errors
-from cifar_ignite.evaluation.report import confusion_cells, relative_luminance, training_curves
+from cifar_ignite.evaluation.report import (
+    confusion_cells,
+    most_frequent_confusions,
+    relative_luminance,
+    training_curves,
+)
 from tests.evaluation.helpers import only_evaluation, write_unlabeled_test_file
-from tests.helpers import epoch_metrics
+from tests.helpers import epoch_metrics, write_cifar100
+from tests.helpers.runs import set_options
 
 
 class Page(html.parser.HTMLParser):
@@ -67,7 +73,7 @@ def test_report_shows_metrics_images_and_confusion_matrix(evaluation_dir):
 
 def test_report_refers_to_nothing_outside_the_page(evaluation_dir):
     text = (evaluation_dir / "report.html").read_text()
-    assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script|<link", text)
+    assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script[^>]+src|<link", text)
 
 
 def test_figures_of_evaluation_are_not_empty(evaluation_dir):
@@ -100,6 +106,35 @@ def test_confusion_cells_have_readable_text():
         for cell in cells:
             dark, light = sorted(relative_luminance(channels(cell[name])) for name in ("text_color", "color"))
             assert (light + 0.05) / (dark + 0.05) >= 4.5, cell
+
+
+def test_report_of_many_classes_shows_errors_and_most_frequent_confusions(command, tmp_path):
+    """100 classes: no text for zeros, a scrolling table, and a list of the largest cells."""
+    root = write_cifar100(tmp_path / "data", train=400, test=200)
+    options = {"data.dataset": "cifar100", "data.root": root, "data.batch_size": 64, "model.width": 2}
+    tree = tmp_path / "hundred.json"
+    tree.write_text(json.dumps({"experiment": "hundred", "train": {"epochs": 1}}))
+    assert command("train", "--config", tree, *set_options(options))[0] == 0
+    assert command("evaluate")[0] == 0
+    directory = only_evaluation(tmp_path)
+    text = (directory / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    details = pd.read_csv(directory / "details.csv")
+    counts = pd.crosstab(details["true"], details["predicted"]).to_numpy()
+    cells = [int(count) for count in re.findall(r"<td style[^>]*title[^>]*>(\d+)<", text)]
+    assert sorted(cells) == sorted(counts[counts > 0].tolist())
+    assert "Most frequent confusions" in text
+    assert any(attributes.get("class") == "scroll long" for _, attributes in page.tags)
+    assert len(text) < 2_000_000
+
+
+def test_most_frequent_confusions_are_the_largest_cells_off_the_diagonal():
+    matrix = np.array([[90, 7, 3], [0, 10, 0], [20, 0, 30]])
+    assert most_frequent_confusions(matrix, ["a", "b", "c"]) == [
+        ("c", "a", "20", "40.0%"), ("a", "b", "7", "7.0%"), ("a", "c", "3", "3.0%")
+    ]  # fmt: skip
+    assert most_frequent_confusions(np.eye(3, dtype=int), ["a", "b", "c"]) == []
 
 
 def test_training_curves_have_alternative_text(tmp_path):
