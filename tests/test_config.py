@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from cifar_ignite.checkpointing.io import load_checkpoint
-from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESUME_SAFE_KEYS, Config
+from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESOLVED_KEYS, RESUME_SAFE_KEYS, Config
 from cifar_ignite.config_fields import Section
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train
+from tests.helpers.images import write_photos
 from tests.helpers.runs import latest_checkpoint
 
 KEYS = set(flatten_dict(Config().model_dump(mode="json")))
@@ -39,6 +40,10 @@ def test_resume_safe_keys_are_those_marked():
 
 def test_optimizer_layout_keys_are_those_marked():
     assert set(OPTIMIZER_LAYOUT_KEYS) == {"optimizer.name"}
+
+
+def test_resolved_keys_are_those_marked():
+    assert set(RESOLVED_KEYS) == {"data.val_size", "augment.mean", "augment.std"}
 
 
 # --- Every key has an effect --------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ EFFECTS_WITH_OVERRIDES = {
     "augment.mixup_alpha": (5.0, ["augment.cutmix_p=0", "augment.mixup_p=1"]),
     "data.synthetic.train_size": (100, ["data.dataset=synthetic", "data.synthetic.train_size=120"]),
     "data.synthetic.seed": (5, ["data.dataset=synthetic", "data.synthetic.train_size=120"]),
+    "data.image_size": (16, ["data.dataset=synthetic", "data.synthetic.train_size=120"]),
     "precision": ("bf16", ["precision=fp32"]),
     "train.patience": (1, ["train.epochs=6", "optimizer.lr=1e-9"]),
 }
@@ -113,6 +119,7 @@ READ_KEYS = {
     "device",
     "compile",
     "data.root",
+    "data.max_unreadable",
     "data.synthetic.test_size",
     "train.log_every",
     "train.sync_batch_norm",
@@ -162,7 +169,7 @@ def test_key_changes_training(key, tiny_tree, references):
     assert not is_same(train_with(f"{key}={text}"), references[tuple(required)])
 
 
-def test_remaining_keys_are_read(tiny_config, monkeypatch):
+def test_remaining_keys_are_read(tiny_config, tmp_path, monkeypatch):
     read = set()
     original = Section.__getattribute__
 
@@ -176,6 +183,9 @@ def test_remaining_keys_are_read(tiny_config, monkeypatch):
     config = tiny_config(experiment="other", data=synthetic)
     train(tiny_config())
     train(config)
+    photos = write_photos(tmp_path / "photos", {"train": 10})
+    (photos / "train" / "cat" / "notes.txt").write_text("no image")
+    train(tiny_config(data={"dataset": "folder", "root": str(photos), "val_size": 3, "max_unreadable": 1}))
     evaluate(model_name="other", overrides=[f"output_dir={config.output_dir}"])
     classes = {"data.synthetic": "SyntheticConfig", "data": "DataConfig", "train": "TrainConfig", "": "Config"}
     for key in READ_KEYS:

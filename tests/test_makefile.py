@@ -15,7 +15,19 @@ def make(*arguments, cwd=REPOSITORY):
 
 def test_make_without_target_prints_help():
     out = make().stdout
-    for target in ("demo", "test", "train", "evaluate", "predict", "export", "compare", "doctor", "docs", "lint"):
+    for target in (
+        "demo",
+        "test",
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "compare",
+        "doctor",
+        "data",
+        "docs",
+        "lint",
+    ):
         assert f"make {target}" in out
 
 
@@ -63,6 +75,8 @@ def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
         (["export", "CHECKPOINT=a b.pth"], "export --checkpoint 'a b.pth'"),
         (["compare", "OUTPUT_DIR=a b"], "compare --set output_dir='a b'"),
         (["doctor", "DATA_DIR=a b"], "doctor --set data.root='a b'"),
+        (["data", "DATA=folder", "DATA_DIR=a b"], "data --set data.root='a b' --set data.dataset='folder'"),
+        (["train", "DATA=folder", "DATA_DIR=photos"], "--set experiment='se_folder' --set data.root='photos'"),
         (["tensorboard", "OUTPUT_DIR=a b"], "--logdir 'a b/training_runs'"),
         (["demo", "SET=data.val_size=9"], "evaluate --model demo --set 'data.val_size=9'"),
         ([".venv/.stamp", "TORCH_INDEX=https://a/b", "-B"], "--index-url 'https://a/b' torch torchvision"),

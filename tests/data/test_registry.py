@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from cifar_ignite.config import DataConfig
 from cifar_ignite.data import DATASETS, load_dataset, register_dataset
 from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.file_dataset import ImageFiles
 from cifar_ignite.errors import InputError
+from tests.helpers.images import smooth_image
 
 
 def test_load_dataset_with_unknown_name_lists_known_ones():
@@ -36,6 +39,26 @@ def test_registered_function_is_loaded_by_its_name(monkeypatch, tmp_path):
     assert (len(train), len(test)) == (6, 4)
     assert train.num_classes == 2
     assert train.ids[0] == str(tmp_path)
+
+
+def test_registered_function_may_list_files(monkeypatch, tmp_path):
+    """As in CONTRIBUTING.md."""
+    monkeypatch.setattr("cifar_ignite.data.registry.DATASETS", dict(DATASETS))
+
+    @register_dataset
+    def my_photos(config, *, train):
+        directory = config.root / ("train" if train else "test")
+        files = sorted(directory.iterdir())
+        labels = [int(file.name.startswith("dog")) for file in files]
+        return ImageFiles(directory, files, labels, [file.name for file in files], ("cat", "dog"))
+
+    (tmp_path / "train").mkdir()
+    for name in ("dog_1", "cat_1", "dog_2"):
+        Image.fromarray(smooth_image(40, 60)).save(tmp_path / "train" / f"{name}.png")
+    dataset = load_dataset(DataConfig(dataset="my_photos", root=tmp_path, image_size=16), train=True)
+    assert dataset.images.shape == (3, 3, 16, 16)
+    assert dataset.labels.tolist() == [0, 1, 1]
+    assert dataset.ids == ["cat_1.png", "dog_1.png", "dog_2.png"]
 
 
 def test_error_of_registered_function_reaches_the_caller(monkeypatch):
