@@ -67,7 +67,7 @@ def available_memory() -> int | None:
 
 def _available_on_linux() -> int | None:
     try:
-        fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         return None
@@ -76,8 +76,8 @@ def _available_on_linux() -> int | None:
 def _available_in_container() -> int | None:
     """Return what is left of the limit of the control group; memory that only caches files counts as available."""
     try:
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        limit, used = (int((CGROUP / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
         return limit - used + int(statistics["inactive_file"])
     except (OSError, ValueError, KeyError):  # ValueError: "max", which is no limit
         return None
@@ -87,5 +87,5 @@ def _physical_memory() -> int | None:
     """Return the memory of the machine, as macOS reports it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # AttributeError: Windows has no sysconf
         return None
