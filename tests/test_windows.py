@@ -9,10 +9,10 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from cifar_ignite import config as config_module
-from cifar_ignite import files
+from cifar_ignite import config_fields, files
 from cifar_ignite.config_io import load_config, parse_config
-from cifar_ignite.data import cifar10_files
+from cifar_ignite.data import cifar_files
+from cifar_ignite.data.cifar10 import CIFAR10_FILES
 from cifar_ignite.errors import InputError
 from cifar_ignite.evaluate import link_checkpoint
 from cifar_ignite.files import (
@@ -151,14 +151,14 @@ def test_download_replaces_empty_directory(tmp_path, monkeypatch):
         rename(source, target)
 
     def extract(url, root, **options):
-        (Path(root) / cifar10_files.CIFAR10_DIR).mkdir()
-        (Path(root) / cifar10_files.CIFAR10_DIR / "test_batch").write_bytes(b"x")
+        (Path(root) / CIFAR10_FILES.directory).mkdir()
+        (Path(root) / CIFAR10_FILES.directory / "test_batch").write_bytes(b"x")
 
     monkeypatch.setattr(os, "replace", refuse_existing)
-    monkeypatch.setattr(cifar10_files, "download_and_extract_archive", extract)
-    (tmp_path / cifar10_files.CIFAR10_DIR).mkdir()
-    cifar10_files.download_cifar10(tmp_path)
-    assert (tmp_path / cifar10_files.CIFAR10_DIR / "test_batch").exists()
+    monkeypatch.setattr(cifar_files, "download_and_extract_archive", extract)
+    (tmp_path / CIFAR10_FILES.directory).mkdir()
+    cifar_files.download_files(CIFAR10_FILES, tmp_path)
+    assert (tmp_path / CIFAR10_FILES.directory / "test_batch").exists()
 
 
 def test_write_text_writes_same_bytes_on_all_platforms(tmp_path, monkeypatch):
@@ -254,11 +254,11 @@ def test_check_windows_path_accepts_drives_and_parents(path):
 @pytest.mark.skipif(os.name == "nt", reason="other platforms accept these paths")
 def test_directories_are_checked_on_windows_only(monkeypatch):
     path = Path("runs:1")
-    assert config_module._expand_user(path) == path
+    assert config_fields._expand_user(path) == path
     with monkeypatch.context() as patched:
         patched.setattr("os.name", "nt")
         with pytest.raises(ValueError, match="runs:1"):
-            config_module._expand_user(path)
+            config_fields._expand_user(path)
 
 
 def test_directories_are_saved_with_forward_slashes():

@@ -15,7 +15,8 @@ from tests.helpers import epoch_metrics
 
 def create_record(val_acc: float | None = 0.5, run: str = "2026", val_images: str = "these") -> RunRecord:
     """Return the record of a run after three epochs; `val_images` stands for the images that it was validated on."""
-    return RunRecord(run, Config().model_dump(mode="json"), ["a", "b"], [epoch_metrics(3, val_acc)], val_images)
+    history = [epoch_metrics(3, val_acc)]
+    return RunRecord(run, Config().model_dump(mode="json"), ["a", "b"], history, val_fingerprint=val_images)
 
 
 def write_checkpoint(path: Path, val_acc: float | None = 0.5, run: str = "2026", val_images: str = "these") -> Path:
