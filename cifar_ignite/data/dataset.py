@@ -45,7 +45,7 @@ class ImageDataset:
         for tensor in (self.images, self.labels):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().numpy().data)
-        digest.update(repr((self.images.shape, self.class_names)).encode(errors="surrogatepass"))
+        digest.update(repr((tuple(self.images.shape), self.class_names)).encode(errors="surrogatepass"))
         return digest.hexdigest()
 
     @property

@@ -84,10 +84,9 @@ def check_unreadable(listed: ImageFiles, unreadable: dict[Path, str], max_unread
             f"{printable(file.name)} ({printable(reason)}); remove them, or leave them out with "
             f"data.max_unreadable={len(unreadable)}"
         )
-    for label in set(listed.labels or ()):
-        files = [file for file, other in zip(listed.files, listed.labels or (), strict=True) if other == label]
-        if all(file in unreadable for file in files):
-            raise InputError(
-                f"{printable(listed.directory)}: none of the {len(files)} files of the class "
-                f"{listed.class_names[label]} is readable"
-            )
+    labeled = list(zip(listed.files, listed.labels or (), strict=False))
+    readable = {label for file, label in labeled if file not in unreadable}
+    if lost := sorted({label for _, label in labeled} - readable):
+        raise InputError(
+            f"{printable(listed.directory)}: no file of the class {listed.class_names[lost[0]]} is readable"
+        )

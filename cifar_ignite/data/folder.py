@@ -74,7 +74,8 @@ def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFil
     if label_file := find_label_file(root, split):
         names_by_file = match_labels(label_file, directory, files)
         _check_known(label_file, sorted(set(names_by_file.values())), class_names)
-        labels = [class_names.index(names_by_file[file]) for file in files]
+        label_by_name = {name: label for label, name in enumerate(class_names)}
+        labels = [label_by_name[names_by_file[file]] for file in files]
         return ImageFiles(directory, files, labels, _short_ids(files, ids), class_names)
     return ImageFiles(directory, files, None, _short_ids(files, ids), class_names)
 
