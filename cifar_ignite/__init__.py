@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cifar_ignite.data import register_dataset as register_dataset
     from cifar_ignite.data.dataset import ImageDataset as ImageDataset
     from cifar_ignite.data.dataset import train_val_split as train_val_split
+    from cifar_ignite.data.file_dataset import ImageFiles as ImageFiles
     from cifar_ignite.data.loaders import EvalLoader as EvalLoader
     from cifar_ignite.data.loaders import TrainLoader as TrainLoader
     from cifar_ignite.errors import InputError as InputError
@@ -45,6 +46,7 @@ _NAMES_BY_MODULE = {
     "config_io": ("load_config",),
     "data": ("load_dataset", "register_dataset"),
     "data.dataset": ("ImageDataset", "train_val_split"),
+    "data.file_dataset": ("ImageFiles",),
     "data.loaders": ("EvalLoader", "TrainLoader"),
     "errors": ("InputError", "TrainingError", "TrainingInterrupted"),
     "evaluate": ("evaluate",),
