@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_describe_environment_contains_neither_user_nor_machine(monkeypatch, tmp
 
 def test_format_command_quotes_words_as_a_shell_reads_them(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/anywhere/cifar_ignite/__main__.py", "train", "--set", "augment.mean=[1, 2, 3]"])
-    monkeypatch.setattr(sys.modules["__main__"].__spec__, "name", "cifar_ignite.__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("cifar_ignite.__main__", None))
     assert format_command() == "python -m cifar_ignite train --set 'augment.mean=[1, 2, 3]'"
 
 
