@@ -1,6 +1,5 @@
 """Your own images: a directory per class, as for torchvision's ImageFolder, or a CSV of labels, as on Kaggle."""
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -18,8 +17,6 @@ TRAIN, VAL, TEST = "train", "val", "test"
 MAX_NAMES = 5
 LAYOUT_HINT = "put the images into {root}/train/CLASS/, or name the directory that contains train with DATA_DIR="
 
-logger = logging.getLogger(__name__)
-
 
 @register_dataset
 def folder(config: DataConfig, *, train: bool) -> ImageFiles:
@@ -28,6 +25,8 @@ def folder(config: DataConfig, *, train: bool) -> ImageFiles:
     if not train:
         return list_split(config.root, TEST, class_names)
     val = list_split(config.root, VAL, class_names) if is_directory(config.root / VAL) else None
+    if val and val.labels is None:
+        raise InputError(f"{val.directory}: no class directories, and no valLabels.csv; validation requires labels")
     listed = list_split(config.root, TRAIN, class_names)
     return ImageFiles(listed.directory, listed.files, listed.labels, listed.ids, class_names, val)
 

@@ -181,9 +181,14 @@ def other_class_in_val(root):
     (root / "val" / "cat").rename(root / "val" / "lion")
 
 
+def unlabeled_val(root):
+    shutil.copytree(root / "test" / "cat", root / "val")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (unlabeled_val, r"val: no class directories, and no valLabels\.csv; validation requires labels"),
         (remove_train, r"photos: no directory train \(.*contains nothing\); put the images into"),
         (shutil.rmtree, r"photos: no directory train \(.*does not exist\)"),
         (empty_train, r"train: no class directories, and no trainLabels\.csv"),
