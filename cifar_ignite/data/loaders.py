@@ -95,7 +95,11 @@ class TrainLoader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the remaining batches of the epoch that contains `iteration`."""
+        """Yield this rank's shards of the remaining batches of the epoch that contains `iteration`."""
+        for images, targets in self._global_batches():
+            yield self._shard(images, targets)
+
+    def _global_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, start = divmod(self.iteration, len(self))
         order = self.epoch_permutation(epoch).to(self.images.device)
         columns = order, self.labels[order], self._flip_mask[order] ^ bool(epoch % 2)
@@ -105,12 +109,12 @@ class TrainLoader:
             self.iteration += 1
             # index_select copies image by image; images[indices] copies byte by byte, 20x slower on a CPU.
             images = self.images.index_select(0, indices)
-            yield self._shard(*self.transform(images, labels, epoch, flip_mask))
+            yield self.transform(images, labels, epoch, flip_mask)
 
     def peek(self) -> tuple[Tensor, Tensor]:
-        """Return the batch of the next iteration, which that iteration then draws again."""
+        """Return the global batch of the next iteration, which that iteration then draws again."""
         iteration = self.iteration
-        batch = next(iter(self))
+        batch = next(self._global_batches())
         self.iteration = iteration
         return batch
 

@@ -23,7 +23,7 @@ def attach_batch_figure(
 
     Args:
         trainer: Engine of the training.
-        loader: Training batches; on rank 0 of several, its shard is drawn.
+        loader: Training batches.
         augment: Section with the mean and standard deviation, to undo the normalization.
         class_names: Names in label order.
         path: PNG file.
