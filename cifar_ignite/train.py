@@ -158,8 +158,8 @@ def _train(
     model = create_initial_model(config, train_set.num_classes, device)
     loaders = create_loaders(config, train_set, val_set, device)
     if resume:
-        resume.check_same_data(class_names, val_fingerprint)
         resume.check_compatible(model, len(loaders[0]))
+        resume.check_same_data(class_names, val_fingerprint)
     # A signal before this line exits the process at once: there is nothing to save.
     with catch_signals(context) as flag:
         run_dir = open_run_dir(config, class_names, resume.run_dir if resume else None, context.env)
