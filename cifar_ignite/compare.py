@@ -27,10 +27,10 @@ def compare(overrides: Sequence[str] = ()) -> Path:
 
     Returns:
         comparison.csv in the output directory, with the columns run, experiment, data, model, parameters, epochs
-        (completed), planned, best_val_acc, test_acc and test_acc_tta (in [0, 1], of the latest evaluation; empty if
-        there is none), and images_per_second (median over the epochs). Next to it, comparison_differences.csv has one
-        row for each key of the configuration and of the environment that differs between the runs, and one column per
-        run.
+        (completed), planned, best_val_acc, test_acc, test_acc_tta and calibration_error (in [0, 1], of the latest
+        evaluation; empty if there is none), and images_per_second (median over the epochs). Next to it,
+        comparison_differences.csv has one row for each key of the configuration and of the environment that differs
+        between the runs, and one column per run.
 
     Raises:
         InputError: If there is no run, the runs cannot be listed, or a file cannot be written.
@@ -115,6 +115,7 @@ def summarize_run(run_dir: Path, history: pd.DataFrame, evaluation: dict[str, An
         "best_val_acc": history["val_acc"].max(),
         "test_acc": evaluation.get("accuracy", float("nan")),
         "test_acc_tta": evaluation.get("tta", {}).get("accuracy", float("nan")),
+        "calibration_error": evaluation.get("expected_calibration_error", float("nan")),
         "images_per_second": history["images_per_second"].median(),
     }
 
@@ -163,7 +164,13 @@ def format_comparison(table: pd.DataFrame) -> pd.DataFrame:
     formatted = table[["run", "experiment", "data", "model"]].copy()
     formatted["parameters"] = ["–" if pd.isna(count) else f"{count:,.0f}" for count in table["parameters"]]
     formatted["epochs"] = [f"{done}/{planned}" for done, planned in zip(table["epochs"], table["planned"], strict=True)]
-    for name, heading in {"best_val_acc": "best validation", "test_acc": "test", "test_acc_tta": "test, TTA"}.items():
+    headings = {
+        "best_val_acc": "best validation",
+        "test_acc": "test",
+        "test_acc_tta": "test, TTA",
+        "calibration_error": "calibration error",
+    }
+    for name, heading in headings.items():
         formatted[heading] = ["–" if pd.isna(value) else f"{value:.2%}" for value in table[name]]
     formatted["images/s"] = table["images_per_second"].map("{:,.0f}".format)
     return formatted

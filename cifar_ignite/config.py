@@ -241,6 +241,8 @@ class Config(Section):
     compile: Annotated[Literal["auto", "on", "off"], Resume.SAFE] = "auto"
     """torch.compile for the training pass: `auto` (on a CPU, for 2,000 iterations or more; a failure is a warning),
     `on` (for the augmentation as well; a failure ends the run) or `off`"""
+    unsure_below: Annotated[Probability, Resume.SAFE] = 0.7
+    """confidence below which `predict` marks a prediction as unsure; `evaluate` reports the accuracy above it"""
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

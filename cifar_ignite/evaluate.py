@@ -17,13 +17,19 @@ from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.unlabeled import load_unlabeled_test_set
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import distributed_context
-from cifar_ignite.evaluation.inference import create_inference_forward, create_tta_forward, run_inference
-from cifar_ignite.evaluation.metrics import EvaluationResult, compute_metrics, format_per_class_table
+from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
+from cifar_ignite.evaluation.metrics import (
+    EvaluationResult,
+    compute_metrics,
+    format_calibration,
+    format_per_class_table,
+    format_sure,
+)
 from cifar_ignite.evaluation.report import Evaluation, write_report
-from cifar_ignite.evaluation.trained_model import TrainedModel, check_fits, load_trained_model
+from cifar_ignite.evaluation.trained_model import TrainedModel, check_fits, load_trained_model, log_temperature
 from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors, write_text
 from cifar_ignite.training.environment import describe_environment
-from cifar_ignite.training.forward import Forward
+from cifar_ignite.training.forward import create_tta_forward
 
 NUM_SAMPLES = 10
 
@@ -79,16 +85,17 @@ def load_test_set(trained: TrainedModel, test_file: Path | None) -> ImageDataset
 
 def evaluate_model(trained: TrainedModel, dataset: ImageDataset, dataset_name: str, tta: str | None) -> Evaluation:
     """Evaluate a trained model on a dataset, and with test-time augmentation if `tta` names one."""
-    forward = create_inference_forward(trained)
-    result = _evaluate_forward(trained, forward, dataset)
-    tta_result = _evaluate_forward(trained, create_tta_forward(forward, tta), dataset) if tta else None
+    result = _evaluate_with(trained, dataset, None)
+    tta_result = _evaluate_with(trained, dataset, tta) if tta else None
     environment = describe_environment(trained.device, trained.config.precision)
     return Evaluation(trained, dataset, dataset_name, environment, result, tta, tta_result)
 
 
-def _evaluate_forward(trained: TrainedModel, forward: Forward, dataset: ImageDataset) -> EvaluationResult:
-    probabilities, metrics = run_inference(trained, forward, dataset)
-    return compute_metrics(dataset, probabilities, metrics, trained.record.class_names)
+def _evaluate_with(trained: TrainedModel, dataset: ImageDataset, tta: str | None) -> EvaluationResult:
+    forward = create_inference_forward(trained)
+    logits, metrics = run_inference(trained, create_tta_forward(forward, tta) if tta else forward, dataset)
+    log_temperature(trained, tta)
+    return compute_metrics(dataset, logits, metrics, trained.record.class_names, trained.temperature(tta))
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------
@@ -163,10 +170,10 @@ def log_evaluation(evaluation: Evaluation) -> None:
     _log_confidence(result.predictions["confidence"])
     if "accuracy" not in result.summary:
         return
-    names = ("top2_accuracy", "expected_calibration_error", "accuracy")
-    top2_accuracy, calibration_error, accuracy = (100 * result.summary[name] for name in names)
-    logger.info("top-2 accuracy %.2f%%, expected calibration error %.2f%%", top2_accuracy, calibration_error)
-    logger.info("test accuracy %.2f%%, test loss %.4f", accuracy, result.summary["loss"])
+    logger.info(format_calibration(result.summary))
+    logger.info(format_sure(evaluation.summary["sure"]))
+    accuracies = (100 * result.summary[name] for name in ("top2_accuracy", "accuracy"))
+    logger.info("top-2 accuracy %.2f%%\ntest accuracy %.2f%%, test loss %.4f", *accuracies, result.summary["loss"])
     if tta_result:
         accuracy, loss = 100 * tta_result.summary["accuracy"], tta_result.summary["loss"]
         logger.info("with test-time augmentation (%s): accuracy %.2f%%, loss %.4f", evaluation.tta, accuracy, loss)

@@ -4,7 +4,8 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +15,15 @@ from torch.export import Dim, ExportedProgram
 from cifar_ignite.config import SyntheticConfig
 from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import TrainingError
-from cifar_ignite.evaluation.trained_model import NormalizedModel, load_trained_model
+from cifar_ignite.evaluation.trained_model import NormalizedModel, load_trained_model, log_temperature
 from cifar_ignite.files import atomic_write, translate_write_errors
 from cifar_ignite.training.device import dtype_name
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET_VERSION = 18
 LOGIT_TOLERANCE = 1e-4
+# Name of the temperature in the metadata of a program.
+TEMPERATURE_KEY = "temperature"
 VERIFIED_BATCH_SIZES = (1, 256)
 
 # Saves a program to a path; returns the saved program, loaded again, as a function from images to logits.
@@ -52,8 +55,10 @@ def export(
     trained = load_trained_model(checkpoint, model_name, overrides)
     config, directory = trained.config, trained.config.output_dir / "exports"
     model = NormalizedModel.from_trained(trained).to(memory_format=torch.contiguous_format)
+    metadata = {} if model.temperature is None else {TEMPERATURE_KEY: repr(model.temperature)}
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    formats: dict[str, SaveProgram] = {".pt2": save_pt2} if missing else {".pt2": save_pt2, ".onnx": save_onnx}
+    savers: dict[str, Callable] = {".pt2": save_pt2} if missing else {".pt2": save_pt2, ".onnx": save_onnx}
+    formats: dict[str, SaveProgram] = {name: partial(save, metadata=metadata) for name, save in savers.items()}
     with translate_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         files = [
@@ -72,6 +77,7 @@ def export(
         *(size, size, len(class_names)),
     )
     logger.info("class names: %s", ", ".join(class_names))
+    log_temperature(trained, None)
     return files
 
 
@@ -130,18 +136,18 @@ def export_program(model: nn.Module, images: Tensor) -> ExportedProgram:
     return torch.export.export(model, (images[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
 
 
-def save_pt2(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
-    """Save a program as .pt2 and load it again."""
+def save_pt2(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
+    """Save a program as .pt2, with `metadata` as extra files, and load it again."""
     # If a write to its file fails, the writer of torch.export.save ends the process.
     content = io.BytesIO()
-    torch.export.save(program, content)
+    torch.export.save(program, content, extra_files=dict(metadata))
     path.write_bytes(content.getvalue())
     with path.open("rb") as file:
         return torch.export.load(file).module()  # type: ignore[arg-type]
 
 
-def save_onnx(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
-    """Save a program as .onnx, with input "images" and output "logits", and load it with onnxruntime."""
+def save_onnx(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> Callable[[Tensor], Tensor]:
+    """Save a program as .onnx, with input "images", output "logits" and metadata, and load it with onnxruntime."""
     import onnxruntime
 
     with warnings.catch_warnings():
@@ -155,6 +161,7 @@ def save_onnx(program: ExportedProgram, path: Path) -> Callable[[Tensor], Tensor
             verbose=False,
         )
     assert onnx_program is not None, "the dynamo exporter returns a program"
+    onnx_program.model.metadata_props.update(metadata)
     onnx_program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])

@@ -45,6 +45,10 @@ default_style = style.context("default")
 DPI = 110
 # Above this number of classes, a confusion matrix shows errors only, in a smaller text.
 MANY_CLASSES = 20
+# Confidences that are marked in the curve of accuracy against coverage.
+MARKED_CONFIDENCES = (0.5, 0.9, 0.99)
+# The accuracy on less is noise: one error among the very first images would set the scale.
+MIN_COVERAGE = 0.01
 TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
 CURVE_LABELS = {
     "train_loss": "train (augmented images, smoothed targets)",
@@ -107,29 +111,59 @@ def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: 
 
 
 @default_style
-def plot_reliability(bins: pd.DataFrame, error: float, path: Path) -> None:
-    """Plot a reliability diagram over a histogram of the confidences (Guo et al., 2017, arXiv:1706.04599).
+def plot_reliability(panels: Mapping[str, pd.DataFrame], path: Path) -> None:
+    """Plot reliability diagrams side by side, each over a histogram of the confidences (Guo et al., 2017).
 
     Args:
-        bins: Table of `evaluation.metrics.calibration_bins`.
-        error: Expected calibration error in [0, 1].
+        panels: Table of `evaluation.metrics.calibration_bins` of each diagram, by its title.
         path: PNG file.
     """
-    figure = create_figure((6, 6))
-    diagram, histogram = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    figure = create_figure((6 * len(panels), 6))
+    grid = figure.subplots(2, len(panels), sharex=True, sharey="row", height_ratios=(3, 1), squeeze=False)
+    for (title, bins), diagram, histogram in zip(panels.items(), *grid, strict=True):
+        _plot_reliability_bins(bins, diagram, histogram)
+        diagram.set(title=title, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        histogram.set(xlabel="confidence", ylabel="fraction of images")
+        histogram.xaxis.set_major_formatter(PercentFormatter(1))
+        for axes in (diagram, histogram):
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            _style_grid(axes)
+    figure.savefig(path, format="png")
+
+
+def _plot_reliability_bins(bins: pd.DataFrame, diagram: Axes, histogram: Axes) -> None:
     width = bins["high"] - bins["low"]
-    bars = {"width": width, "align": "edge", "edgecolor": "white"}
+    bars: dict[str, Any] = {"width": width, "align": "edge", "edgecolor": "white"}
     diagram.bar(bins["low"], bins["accuracy"].fillna(0), color=TRAIN_COLOR, label="accuracy", **bars)
     diagram.plot(bins["confidence"], bins["confidence"], color="black", linestyle="--", label="perfect calibration")
-    title = f"Reliability diagram, expected calibration error {error:.2%}"
-    diagram.set(title=title, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     diagram.legend(loc="upper left")
     histogram.bar(bins["low"], bins["images"] / bins["images"].sum(), color="tab:gray", **bars)
-    histogram.set(xlabel="confidence", ylabel="fraction of images")
-    histogram.xaxis.set_major_formatter(PercentFormatter(1))
-    for axes in (diagram, histogram):
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        _style_grid(axes)
+
+
+@default_style
+def plot_coverage(curve: pd.DataFrame, min_confidence: float, path: Path) -> None:
+    """Plot the accuracy on the most confident images against their fraction, with marks at several confidences.
+
+    Args:
+        curve: Table of `evaluation.metrics.coverage_curve`.
+        min_confidence: Confidence that is marked in another color.
+        path: PNG file.
+    """
+    figure, axes = _create_axes("Accuracy on the most confident predictions", "coverage (fraction of images)")
+    shown = curve[curve["coverage"] >= MIN_COVERAGE]
+    axes.plot(shown["coverage"], shown["accuracy"], color=TRAIN_COLOR)
+    for confidence in sorted({*MARKED_CONFIDENCES, min_confidence}):
+        sure = curve[curve["confidence"] >= confidence]
+        if len(sure) >= MIN_COVERAGE * len(curve):
+            point = (sure["coverage"].iloc[-1], sure["accuracy"].iloc[-1])
+            color = VAL_COLOR if confidence == min_confidence else TRAIN_COLOR
+            axes.plot(*point, "o", color=color)
+            is_right = point[0] > 0.4  # there is room for the text on the left
+            side: dict[str, Any] = {"xytext": (-6 if is_right else 6, -12), "ha": "right" if is_right else "left"}
+            axes.annotate(f"confidence ≥ {100 * confidence:g}%", point, textcoords="offset points", **side)
+    axes.set(ylabel="accuracy on them", xlim=(0, 1.02))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
     figure.savefig(path, format="png")
 
 

@@ -13,10 +13,11 @@ from cifar_ignite.config import Config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.image_files import find_images, load_images, printable
 from cifar_ignite.errors import InputError
-from cifar_ignite.evaluation.inference import create_inference_forward, create_tta_forward, run_inference
+from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
 from cifar_ignite.evaluation.metrics import prediction_table
-from cifar_ignite.evaluation.trained_model import load_trained_model
+from cifar_ignite.evaluation.trained_model import load_trained_model, log_temperature
 from cifar_ignite.files import atomic_write, create_unique_dir, timestamp, translate_write_errors
+from cifar_ignite.training.forward import create_tta_forward
 
 MAX_LOGGED_ROWS = 20
 
@@ -28,8 +29,8 @@ class Predictions:
     """Predicted classes of image files.
 
     Attributes:
-        table: One row per readable image: file, predicted (name of the class), confidence (its probability), and the
-            probability of each class under its name.
+        table: One row per readable image: file, predicted (name of the class), confidence (its probability), unsure
+            (whether that is below `unsure_below`), and the probability of each class under its name.
         path: predictions.csv, which contains the table.
     """
 
@@ -71,11 +72,13 @@ def predict(
     class_names = tuple(trained.record.class_names)
     dataset = ImageDataset(images, None, list(range(len(readable))), class_names)
     forward = create_inference_forward(trained)
-    probabilities, _ = run_inference(trained, create_tta_forward(forward, tta) if tta else forward, dataset)
-    table = prediction_table(dataset, probabilities, class_names).rename(columns={"ID": "file"})
+    logits, _ = run_inference(trained, create_tta_forward(forward, tta) if tta else forward, dataset)
+    table = prediction_table(dataset, logits, class_names, trained.temperature(tta)).rename(columns={"ID": "file"})
+    table.insert(3, "unsure", table["confidence"] < trained.config.unsure_below)
     # Not the default type for strings: with pyarrow installed, it refuses file names that are not UTF-8.
     table["file"] = pd.Series([str(file) for file in readable], dtype=object)
-    log_predictions(table)
+    log_temperature(trained, tta)
+    log_predictions(table, trained.config.unsure_below)
     path = write_predictions(table, trained.config)
     logger.info("predictions  %s (%d of %d files)", printable(path), len(readable), len(files))
     return Predictions(table, path)
@@ -104,11 +107,13 @@ def _open_csv(path: Path) -> TextIO:
     return path.open("w", encoding="utf-8", errors=sys.getfilesystemencodeerrors(), newline="")
 
 
-def log_predictions(table: pd.DataFrame) -> None:
-    """Log the first predictions, and if there are more, the number of images per class."""
+def log_predictions(table: pd.DataFrame, unsure_below: float) -> None:
+    """Log the first predictions, and if there are more, the number of images per class; mark the unsure ones."""
     first = table[["file", "predicted", "confidence"]].head(MAX_LOGGED_ROWS)
     first = first.assign(file=first["file"].map(printable), confidence=first["confidence"].map("{:.1%}".format))
+    first[""] = table["unsure"].map({True: "unsure", False: ""})
     logger.info("\n%s\n", first.to_string(index=False))
+    logger.info("unsure (confidence below %g%%): %d of %d", 100 * unsure_below, table["unsure"].sum(), len(table))
     if len(table) > MAX_LOGGED_ROWS:
         counts = ", ".join(f"{count} {name}" for name, count in table["predicted"].value_counts().items())
         logger.info("%d more; total: %s", len(table) - MAX_LOGGED_ROWS, counts)

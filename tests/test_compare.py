@@ -32,6 +32,8 @@ def test_compare_lists_all_runs_with_their_latest_evaluation(command, tiny_file,
     metrics = json.loads(max(evaluations, key=lambda path: path.stat().st_mtime_ns).read_text())
     assert run["test_acc"] == metrics["accuracy"]
     assert run["test_acc_tta"] == metrics["tta"]["accuracy"]
+    assert run["calibration_error"] == metrics["expected_calibration_error"]
+    assert "calibration error" in out
     assert f"{run['best_val_acc']:.2%}" in out
     assert f"{run['parameters']:,}" in command("train", "--config", tiny_file)[1]
     assert table.loc[second.name][["best_val_acc", "test_acc"]].isna().all()

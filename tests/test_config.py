@@ -116,6 +116,7 @@ EFFECTS_WITH_OVERRIDES = {
 READ_KEYS = {
     "experiment",
     "output_dir",
+    "unsure_below",
     "device",
     "compile",
     "data.root",

@@ -30,8 +30,8 @@ def test_evaluate_writes_predictions_and_metrics_of_best_model(command, tiny_fil
     evaluation_dir = only_evaluation(tmp_path)
     assert evaluation_dir.name.startswith(f"tiny_val_acc_{100 * record.val_acc:.2f}_")
     assert sorted(path.name for path in evaluation_dir.iterdir()) == [
-        "confusion_matrix.png", "details.csv", "metrics.json", "mistakes.png", "model.pth", "predictions.csv",
-        "reliability.png", "report.html",
+        "confusion_matrix.png", "coverage.png", "details.csv", "metrics.json", "mistakes.png", "model.pth",
+        "predictions.csv", "reliability.png", "report.html",
     ]  # fmt: skip
     assert not os.path.isabs(os.readlink(evaluation_dir / "model.pth"))
     assert (evaluation_dir / "model.pth").resolve() == best_path.resolve()
@@ -44,7 +44,7 @@ def test_evaluate_writes_predictions_and_metrics_of_best_model(command, tiny_fil
     metrics = json.loads((evaluation_dir / "metrics.json").read_text())
     assert metrics.keys() == {
         "run", "epoch", "data", "images", "mean_confidence", "accuracy", "top2_accuracy", "loss",
-        "expected_calibration_error", "classes", "environment",
+        "expected_calibration_error", "classes", "environment", "temperature", "uncalibrated", "sure",
     }  # fmt: skip
     assert (metrics["run"], metrics["epoch"], metrics["images"]) == (only_run(tmp_path).name, record.epoch, 30)
     assert metrics["accuracy"] == pytest.approx(accuracy)
@@ -65,7 +65,9 @@ def test_evaluate_accepts_model_name_checkpoint_and_unlabeled_file(command, tiny
         "details.csv", "metrics.json", "model.pth", "predictions.csv", "report.html",
     ]  # fmt: skip
     metrics = json.loads((evaluation_dir / "metrics.json").read_text())
-    assert metrics.keys() == {"run", "epoch", "data", "images", "mean_confidence", "environment"}
+    assert metrics.keys() == {
+        "run", "epoch", "data", "images", "mean_confidence", "environment", "temperature", "uncalibrated",
+    }  # fmt: skip
     assert metrics["images"] == 12
     assert "unlabeled" in (evaluation_dir / "report.html").read_text()
     checkpoint = next((only_run(tmp_path) / "checkpoints").glob("latest_*.pt"))
@@ -113,9 +115,9 @@ def fixed_probabilities(monkeypatch):
 def test_evaluate_logs_per_class_metrics_of_predictions(
     command, tiny_file, cifar_root, monkeypatch, fixed_probabilities
 ):
-    command("train", "--config", tiny_file)
+    command("train", "--config", tiny_file, "--set", "data.val_size=0")  # without temperature
     labels, predicted = load_test_labels(cifar_root), fixed_probabilities.argmax(1).numpy()
-    confidences = fixed_probabilities.max(1).values.numpy()
+    confidences = fixed_probabilities.amax(1).numpy()
     plotted = []
     monkeypatch.setattr(report, "plot_confusion_matrix", lambda matrix, *rest: plotted.append(matrix))
     out = command("evaluate")[1]
@@ -136,7 +138,7 @@ def test_evaluate_logs_per_class_metrics_of_predictions(
 
 
 def test_evaluate_logs_first_predictions_and_marks_errors(command, tiny_file, cifar_root, fixed_probabilities):
-    command("train", "--config", tiny_file)
+    command("train", "--config", tiny_file, "--set", "data.val_size=0")  # without temperature
     labels, predicted = load_test_labels(cifar_root), fixed_probabilities.argmax(1).numpy()
     samples = command("evaluate")[1].split("sample predictions")[1].splitlines()[2:12]
     for index, line in enumerate(samples):

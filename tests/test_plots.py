@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cifar_ignite.image_plots import format_target, plot_class_samples, plot_misclassified, plot_train_batch
-from cifar_ignite.plots import plot_comparison, plot_confusion_matrix, plot_training_curves
+from cifar_ignite.plots import plot_comparison, plot_confusion_matrix, plot_coverage, plot_training_curves
 from tests.helpers import REPOSITORY, epoch_metrics
 
 
@@ -30,6 +30,13 @@ def test_plot_training_curves_writes_three_figures(tmp_path, val_accs):
 def test_plot_confusion_matrix_with_empty_class(tmp_path):
     plot_confusion_matrix(np.array([[3, 1], [0, 0]]), ("a", "b"), tmp_path / "a.png")
     assert dark_fraction(tmp_path / "a.png") > 0.05
+
+
+@pytest.mark.parametrize("confidences", [[0.95, 0.8, 0.4], [0.2, 0.2, 0.1]])
+def test_plot_coverage_whatever_the_confidences(tmp_path, confidences):
+    curve = pd.DataFrame({"confidence": confidences, "coverage": [1 / 3, 2 / 3, 1.0], "accuracy": [1.0, 0.5, 2 / 3]})
+    plot_coverage(curve, 0.7, tmp_path / "a.png")
+    assert dark_fraction(tmp_path / "a.png") > 0.01
 
 
 def test_plot_misclassified_without_errors_writes_a_figure(tmp_path):

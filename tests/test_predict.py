@@ -50,7 +50,9 @@ def test_predict_warns_of_each_unreadable_file_and_predicts_the_rest(command, tm
     assert warnings[2].endswith(": not an image of a known format or pixel type; convert it to PNG or JPEG")
     (path,) = (tmp_path / "outputs" / "predictions").glob("tiny_*/predictions.csv")
     table = pd.read_csv(path)
-    assert table.columns.tolist() == ["file", "predicted", "confidence", *CIFAR10_CLASSES]
+    assert table.columns.tolist() == ["file", "predicted", "confidence", "unsure", *CIFAR10_CLASSES]
+    assert (table["unsure"] == (table["confidence"] < 0.7)).all()
+    assert f"unsure (confidence below 70%): {table['unsure'].sum()} of 25" in out
     assert table["file"].tolist() == [str(directory / f"{index:02d}.png") for index in range(25)]
     probabilities = table[list(CIFAR10_CLASSES)]
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-4)

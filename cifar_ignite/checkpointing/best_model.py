@@ -8,7 +8,6 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import ModelCheckpoint
-from torch import nn
 
 from cifar_ignite.checkpointing.io import copy_checkpoint, load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
@@ -27,17 +26,23 @@ class BestModelSaver:
     """
 
     def __init__(
-        self, model: nn.Module, record: RunRecord, saver: FaultTolerantSaver, target: Path, *, is_selected: bool
+        self,
+        to_save: Mapping[str, Any],
+        record: RunRecord,
+        saver: FaultTolerantSaver,
+        target: Path,
+        *,
+        is_selected: bool,
     ) -> None:
         """
         Args:
-            model: Model to save.
+            to_save: Objects with a `state_dict`: the model, and what is saved with it.
             record: Record with the validation accuracies; saved with the model.
             saver: Writes the file and counts failures.
             target: File of the experiment's best model, see `best_model_path`.
             is_selected: Whether there are validation accuracies.
         """
-        self.model, self.record, self.saver, self.target = model, record, saver, target
+        self.to_save, self.record, self.saver, self.target = {**to_save, "record": record}, record, saver, target
         self.is_selected = is_selected
         self._checkpoint: ModelCheckpoint = create_model_checkpoint(
             saver.directory,
@@ -56,8 +61,7 @@ class BestModelSaver:
         if is_last:
             self.saver.disallow_failures()
         if self.is_selected or is_last:
-            to_save = {"model": self.model, "record": self.record}
-            self.saver(self._checkpoint, engine, to_save, on_saved=self.promote)
+            self.saver(self._checkpoint, engine, self.to_save, on_saved=self.promote)
 
     @property
     def path(self) -> Path:

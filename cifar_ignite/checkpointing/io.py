@@ -4,6 +4,7 @@ A checkpoint is a zip file of plain state dicts, the configuration and a few num
 on any machine, and is enough to rebuild the model.
 """
 
+import math
 import pickle
 import shutil
 import zipfile
@@ -46,8 +47,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint of this project without executing code from it.
 
     Returns:
-        State dicts by name on the CPU ("model", and in a full checkpoint "optimizer" and more), and a `RunRecord` under
-        "record".
+        State dicts by name on the CPU ("model", and in a full checkpoint "optimizer" and more), a `RunRecord` under
+        "record", and in a best model that was validated "temperatures".
 
     Raises:
         InputError: If the file is missing, truncated, damaged, malicious, or not a checkpoint of this version.
@@ -58,6 +59,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     for name in {"model", "ema"} & checkpoint.keys():
         if not _is_state_dict(checkpoint[name]):
             raise InputError(f"{path}: not a checkpoint of cifar_ignite ({name} is not a state dict)")
+    if not _are_temperatures(checkpoint.get("temperatures", {})):
+        raise InputError(f"{path}: not a checkpoint of cifar_ignite (its temperatures are not positive numbers)")
     record = checkpoint["record"]
     if isinstance(record, dict) and record.get("format") == 1:
         raise InputError(
@@ -97,6 +100,12 @@ def _load_file(path: Path) -> Any:
         raise
     except Exception as error:  # damage raises nearly anything: RuntimeError, KeyError, zlib.error, struct.error
         raise InputError(f"{path}: damaged checkpoint: {type(error).__name__}") from None
+
+
+def _are_temperatures(temperatures: Any) -> bool:
+    return isinstance(temperatures, dict) and all(
+        isinstance(value, float) and 0 < value < math.inf for value in temperatures.values()
+    )
 
 
 def _is_state_dict(weights: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Inference over a dataset, with test-time augmentation (TTA) if requested."""
+"""Inference over a dataset."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,28 +31,6 @@ def create_inference_forward(trained: TrainedModel) -> Forward:
     return create_forward(model, trained.device, resolve_amp_dtype(trained.config.precision, trained.device))
 
 
-def create_tta_forward(forward: Forward, tta: str) -> Forward:
-    """Return a forward pass that averages the logits over several views of each image.
-
-    Args:
-        forward: Forward pass of the model.
-        tta: "flip": The image and its horizontal flip, with equal weights. "shift": These two with half of the weight,
-            and with the other half both of them shifted by one pixel up and left, and down and right, with reflection
-            padding (as in Jordan, 2024, arXiv:2404.00498).
-    """
-
-    def flip(images: Tensor) -> Tensor:
-        return (forward(images) + forward(images.flip(-1))) / 2
-
-    def shift(images: Tensor) -> Tensor:
-        padded = F.pad(images, [1] * 4, mode="reflect")
-        height, width = images.shape[-2:]
-        up_left, down_right = padded[..., 2:, 2:], padded[..., :height, :width]
-        return flip(images) / 2 + (flip(up_left) + flip(down_right)) / 4
-
-    return {"flip": flip, "shift": shift}[tta]
-
-
 def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset) -> tuple[Tensor, dict[str, Any]]:
     """Predict all images of a dataset, sharded over the ranks.
 
@@ -62,8 +40,8 @@ def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset
         dataset: N images on any device, labeled or unlabeled.
 
     Returns:
-        Probabilities, float (N, num_classes) on the CPU, of all images on every rank; and the metrics that
-        `compute_metrics` requires, empty without labels.
+        Logits, float (N, num_classes) on the CPU, of all images on every rank; and the metrics that `compute_metrics`
+        requires, empty without labels.
     """
     evaluator = create_evaluator(trained.model, forward)
     outputs = EpochOutputStore(output_transform=lambda output: output[0])
@@ -81,7 +59,7 @@ def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset
     )
     state = evaluator.run(loader)
     logits = gather_outputs(state.logits, loader.rows(), len(dataset))  # type: ignore[attr-defined]
-    return logits.float().softmax(1).cpu(), state.metrics
+    return logits.float().cpu(), state.metrics
 
 
 class DeviceConfusionMatrix(ConfusionMatrix):

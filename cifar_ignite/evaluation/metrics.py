@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_ignite.data.dataset import ImageDataset
 
 NUM_BINS = 15
+CALIBRATION_METRICS = ("mean_confidence", "loss", "expected_calibration_error")
 PER_CLASS_HEADINGS = {
     "images": "images",
     "recall": "accuracy (recall)",
@@ -24,7 +26,7 @@ PER_CLASS_HEADINGS = {
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of one set of predictions; the last two are None without labels.
+    """Metrics of one set of predictions; `bins` and `confusion_matrix` are None without labels.
 
     Attributes:
         predictions: Table of `prediction_table`, one row per image.
@@ -32,6 +34,7 @@ class EvaluationResult:
         summary: Numbers of `summary_metrics`.
         bins: Table of `calibration_bins`, one row per range of confidence.
         confusion_matrix: int64 (num_classes, num_classes), images by true (row) and predicted (column) class.
+        uncalibrated: The same with a temperature of 1; None if that is what this is.
     """
 
     predictions: pd.DataFrame
@@ -39,50 +42,68 @@ class EvaluationResult:
     summary: dict[str, Any]
     bins: pd.DataFrame | None
     confusion_matrix: np.ndarray | None
+    uncalibrated: "EvaluationResult | None" = None
 
 
 def compute_metrics(
-    dataset: ImageDataset, probabilities: Tensor, metrics: Mapping[str, Any], class_names: Sequence[str]
+    dataset: ImageDataset,
+    logits: Tensor,
+    metrics: Mapping[str, Any],
+    class_names: Sequence[str],
+    temperature: float | None = None,
 ) -> EvaluationResult:
     """Compute all metrics of a set of predictions.
 
     Args:
         dataset: N images, labeled or unlabeled.
-        probabilities: float (N, num_classes) on the CPU.
+        logits: float (N, num_classes) on the CPU.
         metrics: Metrics of the evaluator if there are labels: "accuracy", "loss", "top2_accuracy", "confusion", and
             "precision", "recall" and "f1" of shape (num_classes,); otherwise empty.
         class_names: Names in label order.
+        temperature: Temperature of the probabilities; None if there is none.
     """
-    predictions = prediction_table(dataset, probabilities, class_names)
+    uncalibrated = None
+    if temperature is not None:
+        uncalibrated = compute_metrics(dataset, logits, metrics, class_names)
+        metrics = {**metrics, "loss": calibrated_loss(logits, dataset.labels, temperature)}
+    predictions = prediction_table(dataset, logits, class_names, temperature)
     per_class = per_class_table(predictions, metrics, class_names)
     has_labels = dataset.labels is not None
     bins = calibration_bins(predictions) if has_labels else None
     confusion_matrix = metrics["confusion"].cpu().numpy() if has_labels else None
-    summary = summary_metrics(predictions, metrics, per_class, bins)
-    return EvaluationResult(predictions, per_class, summary, bins, confusion_matrix)
+    summary = summary_metrics(predictions, metrics, per_class, bins) | {"temperature": temperature}
+    if uncalibrated:
+        names = [name for name in CALIBRATION_METRICS if name in summary]
+        summary["uncalibrated"] = {name: uncalibrated.summary[name] for name in names}
+    return EvaluationResult(predictions, per_class, summary, bins, confusion_matrix, uncalibrated)
 
 
 # --- Per image ----------------------------------------------------------------------------------------------------
 
 
-def prediction_table(dataset: ImageDataset, probabilities: Tensor, class_names: Sequence[str]) -> pd.DataFrame:
+def prediction_table(
+    dataset: ImageDataset, logits: Tensor, class_names: Sequence[str], temperature: float | None = None
+) -> pd.DataFrame:
     """Return the table of details.csv: one row per image, in the order of the dataset.
+
+    The predicted class is that of the highest logit, so that no rounding of probabilities can change it.
 
     Args:
         dataset: N images.
-        probabilities: float (N, num_classes).
+        logits: float (N, num_classes) on the CPU.
         class_names: Names in label order.
+        temperature: Temperature of the probabilities; None is 1.
 
     Returns:
         Columns ID, true (name of the class; only with labels), predicted (name of the class), confidence (highest
         probability), and the probability of each class under its name.
     """
-    confidence, predicted = probabilities.max(1)
+    probabilities = (logits.double() / (temperature or 1.0)).softmax(1)
     table = pd.DataFrame({"ID": dataset.ids})
     if dataset.labels is not None:
         table["true"] = [class_names[label] for label in dataset.labels.tolist()]
-    table["predicted"] = [class_names[label] for label in predicted.tolist()]
-    table["confidence"] = confidence.numpy()
+    table["predicted"] = [class_names[label] for label in logits.argmax(1).tolist()]
+    table["confidence"] = probabilities.amax(1).numpy()
     return pd.concat([table, pd.DataFrame(probabilities.numpy(), columns=pd.Index(class_names))], axis=1)
 
 
@@ -112,6 +133,57 @@ def calibration_bins(predictions: pd.DataFrame) -> pd.DataFrame:
     means = groups.mean().reindex(range(NUM_BINS))
     counts = groups.size().reindex(range(NUM_BINS), fill_value=0)
     return means.assign(low=edges[:-1], high=edges[1:], images=counts).rename_axis(None)
+
+
+def calibrated_loss(logits: Tensor, labels: Tensor | None, temperature: float) -> float | None:
+    """Return the mean cross-entropy of calibrated probabilities; None without labels."""
+    return None if labels is None else F.cross_entropy(logits.double() / temperature, labels.cpu()).item()
+
+
+def coverage_curve(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return what is gained by leaving out the images with the lowest confidences (a risk-coverage curve).
+
+    Args:
+        predictions: Table of `prediction_table` with labels, N rows.
+
+    Returns:
+        N rows by descending confidence: confidence, coverage (fraction of the images with at least this confidence) and
+        accuracy (on them). Images of equal confidence have the same values.
+    """
+    is_correct = (predictions["true"] == predictions["predicted"]).astype(float)
+    table = pd.DataFrame({"confidence": predictions["confidence"], "is_correct": is_correct})
+    table = table.sort_values("confidence", ascending=False, kind="stable", ignore_index=True)
+    table["accuracy"] = table["is_correct"].expanding().mean()
+    table["coverage"] = (table.index + 1) / len(table)
+    curve = table.groupby("confidence", sort=False)[["coverage", "accuracy"]].transform("last")
+    return pd.concat([table["confidence"], curve], axis=1)
+
+
+def sure_predictions(predictions: pd.DataFrame, min_confidence: float) -> dict[str, float | None]:
+    """Return the fraction of the images with at least a confidence, and the accuracy on them (None if there are none).
+
+    Args:
+        predictions: Table of `prediction_table` with labels.
+        min_confidence: Lowest confidence of a prediction that counts as sure.
+    """
+    sure = predictions[predictions["confidence"] >= min_confidence]
+    accuracy = float((sure["true"] == sure["predicted"]).mean()) if len(sure) else None
+    return {"min_confidence": min_confidence, "fraction": len(sure) / len(predictions), "accuracy": accuracy}
+
+
+def format_sure(sure: Mapping[str, Any]) -> str:
+    """Return the fraction and accuracy of `sure_predictions` as a sentence."""
+    threshold = f"{100 * sure['min_confidence']:g}%"
+    text = f"Predictions with a confidence of at least {threshold} are {sure['fraction']:.1%} of the images"
+    return f"{text}, of which {sure['accuracy']:.1%} are correct." if sure["fraction"] else f"{text}."
+
+
+def format_calibration(summary: Mapping[str, Any]) -> str:
+    """Return the expected calibration error, with that before temperature scaling if there is a temperature."""
+    text = f"expected calibration error {summary['expected_calibration_error']:.2%}"
+    if summary["temperature"] is None:
+        return f"{text}, without temperature"
+    return f"{text}, before temperature scaling {summary['uncalibrated']['expected_calibration_error']:.2%}"
 
 
 def expected_calibration_error(bins: pd.DataFrame) -> float:

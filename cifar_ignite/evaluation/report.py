@@ -19,11 +19,25 @@ from torch import Tensor
 from cifar_ignite.checkpointing.run_record import EpochMetrics, RunRecord
 from cifar_ignite.config_io import diff_from_defaults
 from cifar_ignite.data.dataset import ImageDataset
-from cifar_ignite.evaluation.metrics import EvaluationResult, format_per_class_table, most_confident_errors
+from cifar_ignite.evaluation.metrics import (
+    EvaluationResult,
+    coverage_curve,
+    format_calibration,
+    format_per_class_table,
+    format_sure,
+    most_confident_errors,
+    sure_predictions,
+)
 from cifar_ignite.evaluation.trained_model import TrainedModel
 from cifar_ignite.files import write_text
 from cifar_ignite.image_plots import plot_misclassified
-from cifar_ignite.plots import MANY_CLASSES, plot_confusion_matrix, plot_reliability, plot_training_curves
+from cifar_ignite.plots import (
+    MANY_CLASSES,
+    plot_confusion_matrix,
+    plot_coverage,
+    plot_reliability,
+    plot_training_curves,
+)
 from cifar_ignite.training.environment import Environment
 
 TEMPLATE = "report.html.j2"
@@ -65,6 +79,8 @@ class Evaluation:
         summary = {"run": record.run, "epoch": record.epoch, "data": self.dataset_name} | self.result.summary
         if self.tta_result:
             summary["tta"] = {"name": self.tta} | self.tta_result.summary
+        if self.dataset.labels is not None:
+            summary["sure"] = sure_predictions(self.result.predictions, self.trained.config.unsure_below)
         return summary | {"environment": self.environment}
 
 
@@ -112,16 +128,30 @@ def write_figures(evaluation: Evaluation, directory: Path) -> dict[str, Any]:
         return {}
     errors = most_confident_errors(result.predictions, MAX_ERRORS)
     images = evaluation.dataset.images[torch.from_numpy(errors.index.to_numpy().copy())]
-    calibration_error = result.summary["expected_calibration_error"]
+    calibration, sure = format_calibration(result.summary), evaluation.summary["sure"]
+    curve = coverage_curve(result.predictions)
     plot_confusion_matrix(result.confusion_matrix, class_names, directory / "confusion_matrix.png")
-    plot_reliability(result.bins, calibration_error, directory / "reliability.png")
+    plot_reliability(reliability_panels(result), directory / "reliability.png")
+    plot_coverage(curve, sure["min_confidence"], directory / "coverage.png")
     plot_misclassified(errors, images.permute(0, 2, 3, 1).numpy(), directory / "mistakes.png")
     return {
         "confusion": confusion_cells(result.confusion_matrix, class_names),
         "confusions": most_frequent_confusions(result.confusion_matrix, class_names),
         "reliability": data_uri((directory / "reliability.png").read_bytes()),
-        "calibration_error": f"{calibration_error:.2%}",
+        "coverage": data_uri((directory / "coverage.png").read_bytes()),
+        "calibration": calibration,
+        "sure": format_sure(sure),
         "errors": error_gallery(errors, images),
+    }
+
+
+def reliability_panels(result: EvaluationResult) -> dict[str, pd.DataFrame]:
+    """Return the bins of each reliability diagram, by its title: before and after temperature scaling, if it was."""
+    panels = {"": result} if result.uncalibrated is None else {"before: ": result.uncalibrated, "after: ": result}
+    return {
+        f"{name}expected calibration error {shown.summary['expected_calibration_error']:.2%}": shown.bins
+        for name, shown in panels.items()
+        if shown.bins is not None
     }
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import latest_first
 from cifar_ignite.models import create_model
+from cifar_ignite.training.calibration import PLAIN
 from cifar_ignite.training.device import select_device
+
+NO_TEMPERATURE = "the checkpoint has none (only best models of runs with validation images do)"
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class TrainedModel:
         device: Device selected by the configuration.
         model: Model in the device's `memory_format`, with EMA weights if the run kept them; on the CPU, because a rank
             knows its GPU only after the process group is initialized.
+        temperatures: Temperatures of the logits by name of the test-time augmentation, or `PLAIN` (see
+            `training.calibration`); empty if the checkpoint has none.
     """
 
     path: Path
@@ -43,6 +48,11 @@ class TrainedModel:
     config: Config
     device: torch.device
     model: nn.Module
+    temperatures: dict[str, float] = field(default_factory=dict)
+
+    def temperature(self, tta: str | None) -> float | None:
+        """Return the temperature with a test-time augmentation; that without if it has none of its own, or None."""
+        return self.temperatures.get(tta or PLAIN, self.temperatures.get(PLAIN))
 
 
 class NormalizedModel(nn.Module):
@@ -54,6 +64,8 @@ class NormalizedModel(nn.Module):
     Attributes:
         model: Model without the normalization.
         class_names: Names of the classes, in the order of the logits.
+        temperature: Temperature of the logits: `(logits / temperature).softmax(1)` are calibrated probabilities; None
+            if the checkpoint has none.
         mean: Float (1, 3, 1, 1), mean per channel that is subtracted.
         std: Float (1, 3, 1, 1), standard deviation per channel that images are divided by.
     """
@@ -61,9 +73,15 @@ class NormalizedModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, augment: AugmentConfig, class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        augment: AugmentConfig,
+        class_names: Sequence[str],
+        temperature: float | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.class_names = model, tuple(class_names)
+        self.model, self.class_names, self.temperature = model, tuple(class_names), temperature
         mean, std = augment.normalization
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
@@ -72,7 +90,7 @@ class NormalizedModel(nn.Module):
     @classmethod
     def from_trained(cls, trained: TrainedModel) -> "NormalizedModel":
         """Return the module of a trained model, which they share."""
-        return cls(trained.model, trained.config.augment, trained.record.class_names)
+        return cls(trained.model, trained.config.augment, trained.record.class_names, trained.temperature(None))
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
@@ -136,7 +154,18 @@ def load_trained_model(
     device = select_device(config.device)
     model = model.to(memory_format=memory_format(device))
     logger.info("checkpoint  %s (%s, epoch %d)", path, config.model.name, record.epoch)
-    return TrainedModel(path, record, config, device, model)
+    return TrainedModel(path, record, config, device, model, saved.get("temperatures", {}))
+
+
+def log_temperature(trained: TrainedModel, tta: str | None) -> None:
+    """Log the temperature that makes the confidences of the model match its accuracy, or that there is none."""
+    temperature, name = trained.temperature(tta), f"with {tta}" if tta else "without test-time augmentation"
+    if temperature is None:
+        logger.info("temperature none: %s; probabilities are not calibrated", NO_TEMPERATURE)
+    elif (tta or PLAIN) in trained.temperatures:
+        logger.info("temperature %.3f %s", temperature, name)
+    else:
+        logger.info("temperature %.3f %s: the run did not reach its end, where it gets one for that", temperature, name)
 
 
 def check_fits(trained: TrainedModel, dataset: ImageDataset, dataset_name: str) -> None:

@@ -72,14 +72,14 @@ def format_command() -> str:
 
 
 def describe_code() -> dict[str, Any]:
-    """Return "commit", the hash of the checkout that this file belongs to, and "is_clean", whether no file differs.
+    """Return "commit", the hash of the checkout that this file belongs to, and "is_clean".
 
-    Untracked files count as different, ignored ones do not. Both are None without git or outside a checkout.
+    It is clean if no tracked file differs. Both are None without git or outside a checkout.
     """
     # An installed package may lie inside the repository of another project, which does not track it.
     is_tracked = _run_git("ls-files", "--error-unmatch", Path(__file__).name)
     commit = _run_git("rev-parse", "HEAD") if is_tracked else None
-    changes = _run_git("status", "--porcelain") if commit else None
+    changes = _run_git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {"commit": commit, "is_clean": None if changes is None else not changes}
 
 

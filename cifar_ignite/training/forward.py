@@ -1,10 +1,11 @@
-"""The forward pass: autocast, and compilation for training."""
+"""The forward pass: autocast, test-time augmentation (TTA), and compilation for training."""
 
 import logging
 import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_ignite.augment.elementwise import memory_format
@@ -14,6 +15,7 @@ from cifar_ignite.distributed.collectives import unchanged_model
 from cifar_ignite.errors import TrainingError, first_line
 
 Forward = Callable[[Tensor], Tensor]
+TTA_MODES = ("flip", "shift")
 
 # Iterations of a training on a CPU above which compilation saves time (docs/results/profile.md). "auto" does not
 # compile on a GPU.
@@ -42,6 +44,28 @@ def create_forward(
             return network(images).float()
 
     return forward
+
+
+def create_tta_forward(forward: Forward, tta: str) -> Forward:
+    """Return a forward pass that averages the logits over several views of each image.
+
+    Args:
+        forward: Forward pass of the model.
+        tta: "flip": The image and its horizontal flip, with equal weights. "shift": These two with half of the weight,
+            and with the other half both of them shifted by one pixel up and left, and down and right, with reflection
+            padding (as in Jordan, 2024, arXiv:2404.00498).
+    """
+
+    def flip(images: Tensor) -> Tensor:
+        return (forward(images) + forward(images.flip(-1))) / 2
+
+    def shift(images: Tensor) -> Tensor:
+        padded = F.pad(images, [1] * 4, mode="reflect")
+        height, width = images.shape[-2:]
+        up_left, down_right = padded[..., 2:, 2:], padded[..., :height, :width]
+        return flip(images) / 2 + (flip(up_left) + flip(down_right)) / 4
+
+    return {"flip": flip, "shift": shift}[tta]
 
 
 def should_compile(config: Config, device: torch.device, iterations: int) -> bool:

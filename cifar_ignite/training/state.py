@@ -1,9 +1,11 @@
 """The objects of a run: created from the configuration, connected by handlers, saved and restored together."""
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
@@ -21,10 +23,11 @@ from cifar_ignite.config import Config
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader
 from cifar_ignite.data.seeding import INITIAL_WEIGHTS, derive_seed
 from cifar_ignite.distributed.collectives import SyncedMetrics, all_reduce_max, check_sync_batch_norm, wrap_ddp
-from cifar_ignite.errors import InputError
+from cifar_ignite.errors import InputError, first_line
 from cifar_ignite.models.registry import create_model
 from cifar_ignite.training import handlers, loggers
 from cifar_ignite.training.batch_figure import attach_batch_figure
+from cifar_ignite.training.calibration import ValidationTemperature, add_tta_temperatures, format_temperatures
 from cifar_ignite.training.device import device_check_interval, resolve_amp_dtype
 from cifar_ignite.training.engines import create_evaluator, create_trainer, scale_loss
 from cifar_ignite.training.forward import create_forward, create_training_forward, zero_images
@@ -32,6 +35,8 @@ from cifar_ignite.training.lr_schedule import attach_lr_schedule, set_lr_iterati
 from cifar_ignite.training.metrics import EpochTimer, attach_metrics
 from cifar_ignite.training.optimizers import create_optimizer, find_conv_weights
 from cifar_ignite.training.signals import StopFlag, StopRequested
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingState:
@@ -47,6 +52,7 @@ class TrainingState:
         scaler: Gradient scaler, enabled for fp16.
         trainer: Engine of training, with metrics "loss" and "accuracy".
         evaluator: Engine of validation, with the same metrics; None without validation.
+        temperature: Temperature of the validated model; None without validation.
         lr_schedule: Handler that sets the learning rate.
         metrics: Metrics of `trainer`.
         synced_metrics: Their state over all ranks.
@@ -84,7 +90,8 @@ class TrainingState:
         self.saver = FaultTolerantSaver(checkpoint_dir, config.train.max_save_failures)
         is_selected, patience = self.val_loader is not None, config.train.patience
         target = best_model_path(config.output_dir, config.experiment, selected=is_selected)
-        self.best = BestModelSaver(self.eval_model, record, self.saver, target, is_selected=is_selected)
+        to_save = {"model": self.eval_model} | ({"temperatures": self.temperature} if self.temperature else {})
+        self.best = BestModelSaver(to_save, record, self.saver, target, is_selected=is_selected)
         self.closing = contextlib.ExitStack()
         self.early_stopping: EarlyStopping | None = None
         if is_selected and patience:
@@ -108,10 +115,12 @@ class TrainingState:
 
     def _create_validation(self) -> None:
         self.evaluator: Engine | None = None
+        self.temperature: ValidationTemperature | None = None
         if self.val_loader:
             forward = create_forward(self.eval_model, self.device, self.amp_dtype)
             self.evaluator = create_evaluator(self.eval_model, forward)
             attach_metrics(self.evaluator, F.cross_entropy, self.device)
+            self.temperature = ValidationTemperature(self.evaluator, self.val_loader)
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +138,23 @@ class TrainingState:
     @property
     def is_done(self) -> bool:
         return self.record.epoch == self.config.train.epochs or bool(self.trainer.should_terminate)
+
+    def calibrate_if_done(self) -> None:
+        """At the end of the run, add the temperatures with test-time augmentation to the best model, on rank 0.
+
+        Before the last full checkpoint is saved: a run that is killed meanwhile is resumed from the one before it.
+        """
+        if not self.is_done:
+            return
+        if self.val_loader is None:
+            logger.info("no validation images: the model gets no temperature, its probabilities are not calibrated")
+        elif idist.get_rank() == 0:
+            try:
+                temperatures = add_tta_temperatures(self.best.path, self.eval_model, self.val_loader, self.amp_dtype)
+                self.best.promote()
+                logger.info("temperature %s", format_temperatures(temperatures))
+            except (InputError, OSError, RuntimeError) as error:
+                logger.warning("no temperatures with test-time augmentation (%s)", first_line(error))
 
     def to_save(self) -> dict[str, Any]:
         """Return the objects of a full checkpoint, by name."""
@@ -192,10 +218,13 @@ def attach_handlers(state: TrainingState, logs: Path, flag: StopFlag, group: Any
     loggers.attach_progress(trainer, state.metrics, optimizer, options.log_every)
     if state.evaluator and state.val_loader:
         handlers.attach_validation(trainer, state.evaluator, state.val_loader, optimizer)
+    if state.temperature:
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, state.temperature.gather)
     handlers.attach_history(trainer, state.evaluator, optimizer, state.record, state.timer)
     state.best.attach(trainer)
     if state.early_stopping:
         handlers.attach_early_stopping(trainer, state.early_stopping)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, state.calibrate_if_done)
     figure = logs / "figures" / "train_batch.png"
     attach_batch_figure(trainer, state.train_loader, state.config.augment, state.record.class_names, figure)
     state.closing.callback(loggers.attach_loggers(trainer, state.record, logs, options.checkpoint_every))

@@ -20,7 +20,7 @@ def create_saver(directory, record, max_failures=0, is_selected=True):
     directory.mkdir(exist_ok=True)
     target = directory.parent / "best" / "x_best.pth"
     saver = FaultTolerantSaver(directory, max_failures)
-    return BestModelSaver(nn.Linear(1, 1), record, saver, target, is_selected=is_selected)
+    return BestModelSaver({"model": nn.Linear(1, 1)}, record, saver, target, is_selected=is_selected)
 
 
 # --- In the run directory -----------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_best_model_file_records_its_own_accuracy(tmp_path):
     for path in (saver.path, saver.target):
         checkpoint = load_checkpoint(path)
         assert (checkpoint["record"].epoch, checkpoint["record"].val_acc) == (2, 0.5)
-        assert torch.equal(checkpoint["model"]["weight"], saver.model.weight)
+        assert torch.equal(checkpoint["model"]["weight"], saver.to_save["model"].weight)
 
 
 def test_without_validation_only_last_model_is_saved(tmp_path, promoted):

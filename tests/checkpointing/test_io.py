@@ -1,5 +1,6 @@
 """Checkpoint files: complete or absent, and loaded without trust."""
 
+import math
 import os
 import pickle
 import zipfile
@@ -145,6 +146,10 @@ RECORD = create_record().state_dict()
         ({"model": {"weight": 1}, "record": {}}, "model is not a state dict"),
         ({"model": {1: torch.zeros(1)}, "record": {}}, "model is not a state dict"),
         ({"model": {}, "ema": [1], "record": {}}, "ema is not a state dict"),
+        ({"model": {}, "record": {}, "temperatures": 1.5}, "temperatures are not positive numbers"),
+        ({"model": {}, "record": {}, "temperatures": {"plain": "1"}}, "temperatures are not positive numbers"),
+        ({"model": {}, "record": {}, "temperatures": {"plain": 0.0}}, "temperatures are not positive numbers"),
+        ({"model": {}, "record": {}, "temperatures": {"plain": math.nan}}, "temperatures are not positive numbers"),
         ({"model": {}, "record": {"other": 1}}, "invalid record"),
         ({"model": {}, "record": [1]}, "invalid record"),
         ({"model": {}, "record": RECORD | {"history": 1}}, "invalid record"),

@@ -31,7 +31,10 @@ from cifar_ignite.distributed.process_group import (
     translate_connection_errors,
 )
 from cifar_ignite.errors import InputError, TrainingError
+from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
+from cifar_ignite.evaluation.trained_model import load_trained_model
 from cifar_ignite.models import create_model
+from cifar_ignite.training.calibration import fit_temperature
 from cifar_ignite.training.engines import create_evaluator
 from cifar_ignite.training.forward import create_forward
 from cifar_ignite.training.metrics import attach_metrics
@@ -170,6 +173,18 @@ def test_saved_validation_metrics_are_those_of_saved_model(uninterrupted, tiny_c
     assert metrics["loss"] == pytest.approx(last_epoch["val_loss"], rel=1e-2)  # bf16 if the CPU has it
 
 
+def test_temperatures_of_two_ranks_are_those_of_one_process(uninterrupted):
+    """Fitted on the logits of all validation images, which the ranks share."""
+    (path,) = (uninterrupted / "checkpoints").glob("best_epoch_*.pth")
+    trained = load_trained_model(path, None)
+    data, forward = trained.config.data, create_inference_forward(trained)
+    _, val_set = train_val_split(load_dataset(data, train=True), data.val_size, data.split_seed)
+    logits, _ = run_inference(trained, forward, val_set)
+    temperatures = load_checkpoint(path)["temperatures"]
+    assert temperatures.keys() == {"plain", "flip", "shift"}
+    assert temperatures["plain"] == pytest.approx(fit_temperature(logits, val_set.labels), rel=1e-6)
+
+
 def test_dataset_is_loaded_by_local_rank_0_first(job, train, tmp_path, monkeypatch):
     """The other ranks find what it has downloaded."""
     original, marker = train_module.load_dataset, tmp_path / "downloaded"
@@ -210,8 +225,14 @@ def test_evaluation_by_two_ranks_equals_that_by_one(command, job, tiny_file, tmp
     statuses, log = job(words)
     assert statuses == [0, 0], log
     (distributed,) = set(evaluations.iterdir()) - {single}
-    for name in ("metrics.json", "predictions.csv", "predictions_tta_shift.csv", "confusion_matrix.png"):
+    for name in ("predictions.csv", "predictions_tta_shift.csv", "confusion_matrix.png"):
         assert (single / name).read_bytes() == (distributed / name).read_bytes()
+    metrics, distributed_metrics = (
+        json.loads((directory / "metrics.json").read_text()) for directory in (single, distributed)
+    )
+    environments = [each.pop("environment") for each in (metrics, distributed_metrics)]
+    assert metrics == distributed_metrics
+    assert [environment["world_size"] for environment in environments] == [1, 2]
 
 
 # --- One end ------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.evaluation.inference import (
     DeviceConfusionMatrix,
     create_inference_forward,
-    create_tta_forward,
     run_inference,
 )
+from cifar_ignite.training.forward import create_tta_forward
 from tests.evaluation.helpers import FixedLogits, trained_with
 
 
@@ -39,19 +39,19 @@ def test_run_inference_sizes_metrics_by_class_names_of_record(num_classes):
     logits, labels = torch.randn(100, num_classes), torch.arange(100) % num_classes
     dataset = ImageDataset(torch.zeros(100, 3, 32, 32, dtype=torch.uint8), labels, list(range(100)), class_names)
     trained = trained_with(FixedLogits(logits), class_names)
-    probabilities, metrics = run_inference(trained, create_inference_forward(trained), dataset)
-    assert probabilities.shape == (100, num_classes)
+    outputs, metrics = run_inference(trained, create_inference_forward(trained), dataset)
+    assert outputs.shape == (100, num_classes)
     assert metrics["confusion"].shape == (num_classes, num_classes)
     assert metrics["confusion"].sum() == 100
 
 
-def test_run_inference_without_labels_returns_probabilities_only():
+def test_run_inference_without_labels_returns_logits_only():
     logits = torch.randn(70, 10)
     trained = trained_with(FixedLogits(logits))
     images = torch.zeros(70, 3, 32, 32, dtype=torch.uint8)
     dataset = ImageDataset(images, None, list(range(70)), tuple(trained.record.class_names))
-    probabilities, metrics = run_inference(trained, trained.model, dataset)
-    assert torch.equal(probabilities, logits.softmax(1))
+    outputs, metrics = run_inference(trained, trained.model, dataset)
+    assert torch.equal(outputs, logits)
     assert metrics == {}
 
 

@@ -15,16 +15,25 @@ from cifar_ignite.evaluation.inference import run_inference
 from cifar_ignite.evaluation.metrics import (
     calibration_bins,
     compute_metrics,
+    coverage_curve,
     expected_calibration_error,
     format_per_class_table,
+    format_sure,
     most_confident_errors,
+    prediction_table,
+    sure_predictions,
 )
 from cifar_ignite.training.forward import create_forward
 from tests.evaluation.helpers import FixedLogits, trained_with
 
 
+@pytest.fixture(params=[1.0, 0.6])
+def temperature(request):
+    return request.param
+
+
 @pytest.fixture
-def evaluated():
+def evaluated(temperature):
     """Labels, probabilities, and their metrics as an evaluation computes them, in batches."""
     rng = np.random.default_rng(3)
     labels = torch.from_numpy(rng.permutation(np.arange(200) % 10))
@@ -35,9 +44,10 @@ def evaluated():
     dataset = ImageDataset(images, labels, list(range(1000, 1200)), CIFAR10_CLASSES)
     trained = trained_with(FixedLogits(logits))
     forward = create_forward(trained.model, trained.device, torch.float32)
-    probabilities, engine_metrics = run_inference(trained, forward, dataset)
-    assert torch.allclose(probabilities, logits.softmax(1))
-    return labels.numpy(), probabilities, compute_metrics(dataset, probabilities, engine_metrics, CIFAR10_CLASSES)
+    outputs, engine_metrics = run_inference(trained, forward, dataset)
+    assert torch.equal(outputs, logits)
+    result = compute_metrics(dataset, outputs, engine_metrics, CIFAR10_CLASSES, temperature)
+    return labels.numpy(), (logits.double() / temperature).softmax(1), result
 
 
 def test_summary_matches_direct_computation(evaluated):
@@ -99,7 +109,7 @@ def test_prediction_table_keeps_dataset_order_and_probabilities(evaluated):
     table = result.predictions
     assert table.columns.tolist() == ["ID", "true", "predicted", "confidence", *CIFAR10_CLASSES]
     assert table["ID"].tolist() == list(range(1000, 1200))
-    assert np.array_equal(table[list(CIFAR10_CLASSES)].to_numpy(), probabilities.numpy())
+    assert np.allclose(table[list(CIFAR10_CLASSES)].to_numpy(), probabilities.numpy(), atol=1e-12)
 
 
 def test_most_confident_errors_are_sorted_and_limited(evaluated):
@@ -111,12 +121,13 @@ def test_most_confident_errors_are_sorted_and_limited(evaluated):
     assert len(most_confident_errors(result.predictions, 999)) == len(wrong)
 
 
-def test_compute_metrics_without_labels_omits_accuracy(evaluated):
+def test_compute_metrics_without_labels_omits_accuracy(evaluated, temperature):
     _, probabilities, labeled = evaluated
     images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
     unlabeled = ImageDataset(images, None, list(range(200)), CIFAR10_CLASSES)
-    result = compute_metrics(unlabeled, probabilities, {}, CIFAR10_CLASSES)
-    assert result.summary.keys() == {"images", "mean_confidence"}
+    result = compute_metrics(unlabeled, probabilities.log() * temperature, {}, CIFAR10_CLASSES, temperature)
+    assert result.summary.keys() == {"images", "mean_confidence", "temperature", "uncalibrated"}
+    assert result.summary["mean_confidence"] == pytest.approx(labeled.summary["mean_confidence"])
     assert result.bins is result.confusion_matrix is None
     assert result.per_class["predicted"].tolist() == labeled.per_class["predicted"].tolist()
     assert math.isnan(result.per_class.loc["horse", "confidence"])
@@ -128,3 +139,59 @@ def test_format_per_class_table_shows_percentages_and_undefined_values(evaluated
     assert formatted.loc["horse", "mean confidence"] == "–"
     assert formatted.loc["cat", "images"] == "20"
     assert formatted.loc["cat", "accuracy (recall)"].endswith("%")
+
+
+# --- Temperature and coverage -------------------------------------------------------------------------------------
+
+
+def test_temperature_changes_no_class_and_keeps_the_uncalibrated_metrics(evaluated):
+    _, probabilities, _ = evaluated
+    logits = probabilities.log()
+    labels = torch.arange(200) % 10
+    images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    dataset = ImageDataset(images, labels, list(range(200)), CIFAR10_CLASSES)
+    engine_metrics = {
+        "accuracy": 0.5, "loss": 1.25, "top2_accuracy": 0.6, "confusion": torch.eye(10),
+        **dict.fromkeys(("precision", "recall", "f1"), torch.zeros(10)),
+    }  # fmt: skip
+    plain = compute_metrics(dataset, logits, engine_metrics, CIFAR10_CLASSES)
+    result = compute_metrics(dataset, logits, engine_metrics, CIFAR10_CLASSES, 3.0)
+    assert (plain.summary["temperature"], plain.uncalibrated) == (None, None)
+    assert "uncalibrated" not in plain.summary
+    assert result.predictions["predicted"].equals(plain.predictions["predicted"])
+    assert result.summary["accuracy"] == plain.summary["accuracy"] == 0.5
+    for name in ("loss", "mean_confidence", "expected_calibration_error"):
+        assert result.summary["uncalibrated"][name] == plain.summary[name]
+        assert result.summary[name] != plain.summary[name]
+    assert result.uncalibrated.predictions.equals(plain.predictions)
+
+
+def test_predicted_class_is_that_of_the_highest_logit_where_probabilities_round_to_the_same():
+    logits = torch.tensor([[0.0, 1000.0, 1000.0001, -5.0]])
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    dataset = ImageDataset(images, None, [0], ("a", "b", "c", "d"))
+    for temperature in (None, 1e12):
+        assert prediction_table(dataset, logits, dataset.class_names, temperature)["predicted"].tolist() == ["c"]
+
+
+TABLE = pd.DataFrame({
+    "confidence": [0.9, 0.5, 0.9, 0.7, 0.3],
+    "true": ["a", "a", "a", "a", "a"],
+    "predicted": ["a", "b", "b", "a", "a"],
+})  # fmt: skip
+
+
+def test_coverage_curve_leaves_out_the_least_confident_images_first():
+    curve = coverage_curve(TABLE)
+    assert curve["confidence"].tolist() == [0.9, 0.9, 0.7, 0.5, 0.3]
+    assert curve["coverage"].tolist() == [0.4, 0.4, 0.6, 0.8, 1.0]
+    assert curve["accuracy"].tolist() == pytest.approx([1 / 2, 1 / 2, 2 / 3, 2 / 4, 3 / 5])
+
+
+@pytest.mark.parametrize(
+    ("min_confidence", "fraction", "accuracy"), [(0.0, 1.0, 0.6), (0.7, 0.6, 2 / 3), (0.71, 0.4, 0.5), (1.0, 0.0, None)]
+)
+def test_sure_predictions_have_at_least_the_confidence(min_confidence, fraction, accuracy):
+    sure = sure_predictions(TABLE, min_confidence)
+    assert sure == {"min_confidence": min_confidence, "fraction": fraction, "accuracy": pytest.approx(accuracy)}
+    assert f"at least {100 * min_confidence:g}% are {fraction:.1%} of the images" in format_sure(sure)

@@ -57,11 +57,13 @@ def test_report_shows_metrics_images_and_confusion_matrix(evaluation_dir):
     for expected in (
         f"{summary['accuracy']:.2%}", f"{summary['tta']['accuracy']:.2%}", f"{summary['loss']:.4f}", summary["run"],
         "hybrid_resnet", "evaluate --model tiny --tta flip", '"label_smoothing": 0.1',
+        f"{summary['uncalibrated']['expected_calibration_error']:.2%}", f"temperature {summary['temperature']:.3f}",
+        f"at least 70% are {summary['sure']['fraction']:.1%} of the images",
     ):  # fmt: skip
         assert expected in words
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     num_errors = len(most_confident_errors(pd.read_csv(evaluation_dir / "details.csv"), 24))
-    assert len(images) == 2 + 1 + num_errors  # training curves, reliability diagram, errors
+    assert len(images) == 2 + 2 + num_errors  # training curves, reliability diagram, coverage, errors
     for image in images:
         assert image["src"].startswith("data:image/png;base64,")
         assert len(image["alt"]) > 10
@@ -78,7 +80,12 @@ def test_report_refers_to_nothing_outside_the_page(evaluation_dir):
 
 def test_figures_of_evaluation_are_not_empty(evaluation_dir):
     """An empty figure is white except for its title."""
-    for name, min_fraction in (("mistakes", 0.2), ("reliability", 0.05), ("confusion_matrix", 0.05)):
+    for name, min_fraction in (
+        ("mistakes", 0.2),
+        ("reliability", 0.05),
+        ("coverage", 0.02),
+        ("confusion_matrix", 0.05),
+    ):
         pixels = np.asarray(Image.open(evaluation_dir / f"{name}.png").convert("L"))
         assert (pixels < 250).mean() > min_fraction, name
 

@@ -80,7 +80,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 @needs_git
-@pytest.mark.parametrize(("change", "is_clean"), [(None, True), ("environment.py", False), ("untracked.py", False)])
+@pytest.mark.parametrize(("change", "is_clean"), [(None, True), ("environment.py", False), ("run.log", True)])
 def test_describe_code_of_a_checkout_is_its_commit(checkout, change, is_clean):
     if change:
         (checkout / change).write_text("other code\n")

@@ -73,4 +73,4 @@ def test_state_evaluates_ema_model_if_there_is_one(tiny_config, tmp_path):
     assert state.eval_model is state.model
     state = create_state(tiny_config(train={"ema_decay": 0.9}), tmp_path)
     assert state.eval_model is state.ema_model
-    assert state.best.model is state.ema_model
+    assert state.best.to_save["model"] is state.ema_model

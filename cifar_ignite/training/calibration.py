@@ -1,0 +1,116 @@
+"""Temperature scaling (Guo et al., 2017, arXiv:1706.04599): one number that makes confidences match accuracies.
+
+Logits are divided by the temperature before the softmax, which changes no predicted class. It is fitted on validation
+images and saved with the best model, together with those for test-time augmentation (TTA).
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine
+from ignite.handlers import EpochOutputStore
+from torch import Tensor, nn
+
+from cifar_ignite.checkpointing.io import load_checkpoint, save_checkpoint
+from cifar_ignite.data.loaders import UNSHARDED, EvalLoader
+from cifar_ignite.distributed.collectives import gather_outputs
+from cifar_ignite.training.forward import TTA_MODES, create_forward, create_tta_forward
+
+PLAIN = "plain"
+"""Name of the temperature without TTA."""
+MAX_TEMPERATURE = 10.0
+# Halves of an interval of 4.6: the logarithm is exact to 4e-15.
+NUM_BISECTIONS = 50
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature with the lowest negative log-likelihood, in [1 / `MAX_TEMPERATURE`, `MAX_TEMPERATURE`].
+
+    The loss is convex in the inverse temperature, so that bisection finds the zero of its slope. Without one, a bound
+    is returned: the lowest if all images are right, for which more confidence is always better. Where the slope is zero
+    or NaN everywhere (equal logits, no images, logits that are not finite), the temperature is 1.
+
+    Args:
+        logits: float (N, num_classes) on any device; float64 on the CPU is computed with.
+        labels: int64 (N,).
+    """
+    logits = logits.cpu().double()  # MPS has no float64
+    logits = logits - logits.amax(1, keepdim=True)
+    label_logits = logits.gather(1, labels.cpu()[:, None]).squeeze(1)
+    low, high = -math.log(MAX_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        mean_logits = ((logits * math.exp(middle)).softmax(1) * logits).sum(1)
+        slope = (mean_logits - label_logits).mean().item()
+        if slope > 0:
+            high = middle
+        elif slope < 0:
+            low = middle
+        else:
+            break
+    return math.exp(-(low + high) / 2)
+
+
+class ValidationTemperature:
+    """The temperature of the model that was validated last, fitted when a checkpoint with it is saved."""
+
+    def __init__(self, evaluator: Engine, val_loader: EvalLoader) -> None:
+        """
+        Args:
+            evaluator: Engine of validation.
+            val_loader: Validation batches of this rank.
+        """
+        self.evaluator, self.val_loader = evaluator, val_loader
+        EpochOutputStore(output_transform=lambda output: output[0]).attach(evaluator, "logits")
+        self._logits = torch.empty(0)
+
+    def gather(self) -> None:
+        """Gather the logits of all ranks for the next `state_dict`, which only rank 0 calls."""
+        loader = self.val_loader
+        self._logits = gather_outputs(self.evaluator.state.logits, loader.rows(), len(loader.images))  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, float]:
+        assert self.val_loader.labels is not None, "validation requires labels"
+        return {PLAIN: fit_temperature(self._logits, self.val_loader.labels)}
+
+
+def add_tta_temperatures(
+    path: Path, model: nn.Module, val_loader: EvalLoader, amp_dtype: torch.dtype
+) -> dict[str, float]:
+    """Fit the temperatures of a saved model that its file lacks, which are those with TTA, and add them to the file.
+
+    Args:
+        path: Best model of a run.
+        model: Model of the same architecture on the device of the loader; its weights are not changed.
+        val_loader: Validation batches of any rank; all of the images are predicted.
+        amp_dtype: Dtype under autocast.
+
+    Returns:
+        All temperatures of the model: `PLAIN` and `TTA_MODES`.
+
+    Raises:
+        InputError: If the file cannot be loaded.
+        OSError, RuntimeError: If the file cannot be written; it stays as it was.
+    """
+    assert val_loader.labels is not None, "validation requires labels"
+    saved, model, loader = load_checkpoint(path), copy.deepcopy(model).eval(), copy.copy(val_loader)
+    loader.shard = UNSHARDED
+    model.load_state_dict(saved["model"])
+    forward = create_forward(model, loader.images.device, amp_dtype)
+    forwards = {PLAIN: forward, **{tta: create_tta_forward(forward, tta) for tta in TTA_MODES}}
+    # The file of a run that began before temperatures were fitted has none.
+    temperatures = dict(saved.get("temperatures", {}))
+    for name in [name for name in forwards if name not in temperatures]:
+        with torch.inference_mode():
+            logits = torch.cat([forwards[name](images) for images, _ in loader])
+        temperatures[name] = fit_temperature(logits, val_loader.labels)
+    save_checkpoint(path, saved | {"record": saved["record"].state_dict(), "temperatures": temperatures})
+    return temperatures
+
+
+def format_temperatures(temperatures: dict[str, float]) -> str:
+    """Return "0.532, with TTA: flip 0.551, shift 0.549"."""
+    tta = ", ".join(f"{name} {temperatures[name]:.3f}" for name in TTA_MODES if name in temperatures)
+    return f"{temperatures[PLAIN]:.3f}" + (f", with TTA: {tta}" if tta else "")
