@@ -75,7 +75,7 @@ def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
     The outermost pixels are not smoothed.
     """
     edge, middle = (1 / 13, 1 / 13, 1 / 13), (1 / 13, 5 / 13, 1 / 13)
-    kernel = constant((edge, middle, edge), images.device).expand(3, 1, 3, 3)
+    kernel = constant(3 * (((edge, middle, edge),),), images.device)
     smoothed = images.clone()
     smoothed[..., 1:-1, 1:-1] = F.conv2d(images, kernel, groups=3)
     return _blend(images, smoothed, factors)
