@@ -35,6 +35,7 @@ def test_resume_safe_keys_are_those_marked():
         "train.save_every_seconds",
         "train.max_save_failures",
         "train.log_every",
+        "unsure_below",
     }
 
 

@@ -152,7 +152,7 @@ from cifar_ignite.export import save_pt2
 program = small_program()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    save_pt2(program, Path(sys.argv[1]))
+    save_pt2(program, Path(sys.argv[1]), {})
 except OSError as error:
     print(error.strerror)
 """
@@ -170,5 +170,5 @@ def test_export_to_full_disk_raises(tmp_path):
 
 def test_save_pt2_returns_the_saved_program(tmp_path):
     program, inputs = small_program(), torch.ones(3, 100)
-    loaded = save_pt2(program, tmp_path / "a.pt2")
+    loaded = save_pt2(program, tmp_path / "a.pt2", {})
     assert torch.equal(loaded(inputs), program.module()(inputs))
