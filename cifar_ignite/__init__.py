@@ -1,4 +1,4 @@
-"""Train CIFAR-10 ResNets on PyTorch-Ignite: small, readable, fast.
+"""Train image-classification ResNets on PyTorch-Ignite: small, readable, fast.
 
 The Python API: `from cifar_ignite import load_config, train, evaluate, predict, export, load_model`, and the parts that
 stand alone. Its functions raise `InputError` and `TrainingError`, and log through `logging.getLogger("cifar_ignite")`.

@@ -33,7 +33,7 @@ EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tensorboard": ("tensor
 # A full checkpoint with EMA weights is 34 MB: one every ten epochs, the latest two, the best model and its copy.
 REQUIRED_GB = 2.0
 # Directories below output_dir that commands write to.
-OUTPUT_DIRS = ("training_runs", "best_models", "evaluations", "predictions", "exports", "")
+OUTPUT_DIRS = ("training_runs", "best_models", "evaluations", "predictions", "exports", "data", "")
 REINSTALL_HINT = "install both with one command from one index: pip install --force-reinstall torch torchvision"
 EARLIER_ERRORS_HINT = "fix the errors above first"
 

@@ -12,7 +12,7 @@ from cifar_ignite.errors import InputError
 
 CPU = torch.device("cpu")
 # Columns of details.csv and predictions.csv next to those of the classes.
-RESERVED_NAMES = frozenset({"ID", "file", "true", "predicted", "confidence"})
+RESERVED_NAMES = frozenset({"ID", "file", "true", "predicted", "confidence", "unsure"})
 
 
 class DatasetLoader(Protocol):
@@ -70,7 +70,7 @@ def list_dataset(config: DataConfig, *, train: bool) -> ImageDataset | ImageFile
         name = ", ".join(dataset.class_names)
         raise InputError(f"data.dataset: {config.dataset} has one class only ({name}); training requires at least two")
     if reserved := RESERVED_NAMES.intersection(dataset.class_names):
-        raise InputError(f"data.dataset: a class is named {min(reserved)}, as a column of details.csv is; rename it")
+        raise InputError(f"data.dataset: a class is named {min(reserved)}, as a column of the predictions is; rename it")
     return dataset
 
 

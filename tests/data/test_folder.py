@@ -168,6 +168,10 @@ def reserved_class(root):
     (root / "train" / "cat").rename(root / "train" / "true")
 
 
+def reserved_class_of_predict(root):
+    (root / "train" / "cat").rename(root / "train" / "unsure")
+
+
 def unreadable_file(root):
     (root / "train" / "dog" / "notes.txt").write_text("no image")
 
@@ -195,6 +199,7 @@ def unlabeled_val(root):
         (empty_class, r"train/bird: no images.*every class directory must contain images"),
         (one_class, r"data\.dataset: folder has one class only \(cat\)"),
         (reserved_class, r"data\.dataset: a class is named true"),
+        (reserved_class_of_predict, r"data\.dataset: a class is named unsure"),
         (unreadable_file, r"train: 1 of 31 files are unreadable, such as notes\.txt .*data\.max_unreadable=1"),
         pytest.param(unprintable_class, r"a class name cannot be printed \(c\?t\)", marks=posix_only),
         (other_class_in_val, r"val: lion is no class of the training images \(cat, dog, fish\)"),
