@@ -55,7 +55,7 @@ train: $(environment) ## Train a model: MODEL=se|stochastic|hybrid RECIPE=fast|b
 	$(launch) -m cifar_ignite train --config '$(call escape,$(recipe))'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,RESUME,resume)
 
 # The model of a target: MODEL= and RECIPE= name an experiment, CHECKPOINT= a file; otherwise the latest best model.
-trained = $(if $(value MODEL)$(value RECIPE)$(suffix), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)
+trained = $(if $(value MODEL)$(value RECIPE), --model '$(call escape,$(recipe)$(suffix))')$(call option,CHECKPOINT,checkpoint)
 tta = $(if $(value TTA), --tta '$(call escape,$(patsubst 1,flip,$(value TTA)))')
 
 evaluate: $(environment) ## Predict the test set: MODEL= RECIPE= or CHECKPOINT= (default: the latest best model) TEST_FILE= TTA=1|shift NPROC=

@@ -58,9 +58,9 @@ def train_once(config: Config) -> tuple[pd.DataFrame, float]:
     return result.history, float(found[1]) if found else 0.0
 
 
-def configure_run(recipe: Config, seed: int, val_size: int) -> Config:
+def configure_run(recipe: Config, seed: int, val_size: int | None) -> Config:
     """Return the recipe with a seed and a number of validation images, as an experiment of its own."""
-    name = f"{recipe.experiment}_seed{seed}" + ("_curve" if val_size else "")
+    name = f"{recipe.experiment}_seed{seed}" + ("" if val_size == 0 else "_curve")
     data = recipe.data.model_copy(update={"val_size": val_size})
     return recipe.model_copy(update={"seed": seed, "experiment": name, "data": data})
 
@@ -92,9 +92,9 @@ def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path) -> dict
     return result
 
 
-def curve_val_size(recipe: Config) -> int:
-    """Return the number of validation images of the run that measures the time to an accuracy."""
-    return recipe.data.val_size or CURVE_VAL_SIZE
+def curve_val_size(recipe: Config) -> int | None:
+    """Return the number of validation images of the run that measures the time to an accuracy; None is a tenth."""
+    return CURVE_VAL_SIZE if recipe.data.val_size == 0 else recipe.data.val_size
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -121,12 +121,15 @@ def summarize(seeds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def format_result(result: dict[str, Any], val_size: int) -> str:
+def format_result(result: dict[str, Any], val_size: int | None) -> str:
     """Return the result as text: a table of the seeds, the times to an accuracy, and a row for the results page."""
     lines = [f"{result['title']}: all training images, last weights, the test set evaluated once per seed"]
     lines.append(pd.DataFrame(result["seeds"]).to_string(index=False, float_format="{:.4f}".format))
     if "time_to_accuracy" in result:
-        lines += ["", f"time to validation accuracy ({val_size} images held out in another run, evaluation excluded)"]
+        lines += [
+            "",
+            f"time to validation accuracy ({val_size or 'a tenth of the'} images held out in another run, evaluation excluded)",
+        ]
         table = pd.DataFrame(result["time_to_accuracy"]).to_string(index=False, float_format="{:.2f}".format)
         lines.append(table if result["time_to_accuracy"] else f"below {MILESTONES[0]:.0%} in all epochs")
     lines += [

@@ -214,6 +214,17 @@ def test_evaluate_without_model_that_fits_is_refused(command, tiny_file, tmp_pat
     assert not (tmp_path / "outputs" / "evaluations").exists()
 
 
+def test_evaluate_refuses_test_file_of_another_image_size(command, tiny_file, tmp_path):
+    command("train", "--config", tiny_file)
+    path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["record"]["config"]["data"]["image_size"] = 64
+    torch.save(checkpoint, path)
+    status, _, err = command("evaluate", "--test-file", write_unlabeled_test_file(tmp_path / "test.pkl"))
+    assert status == 2
+    assert "tiny_best.pth: trained on images of 64 pixels" in err
+
+
 def test_evaluate_compares_order_of_classes(command, tiny_file, tmp_path):
     command("train", "--config", tiny_file)
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"

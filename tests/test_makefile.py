@@ -1,16 +1,12 @@
 """The Makefile: thin calls of the command line, whatever is typed."""
 
-import subprocess
 import sys
 
 import pytest
 
 from cifar_ignite.config_io import load_config
 from tests.helpers import REPOSITORY
-
-
-def make(*arguments, cwd=REPOSITORY):
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+from tests.helpers.make import make
 
 
 def test_make_without_target_prints_help():
@@ -85,6 +81,8 @@ def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
         (["train", "DATA_DIR=/a b/it's"], r"--set data.root='/a b/it'\''s'"),
         (["train", "SET=optimizer.lr=0.1 augment.cutmix_p=0"], "--set 'optimizer.lr=0.1' --set 'augment.cutmix_p=0'"),
         (["evaluate", "MODEL=se", "DATA=synthetic"], "--model 'se_synthetic'"),
+        (["evaluate", "DATA=folder", "CHECKPOINT=x"], "evaluate --checkpoint 'x' --set data.dataset='folder'"),
+        (["evaluate", "DATA=folder"], "evaluate --set data.dataset='folder'"),
         (["evaluate", "CHECKPOINT=$(HOME)", "TEST_FILE=b c"], "--checkpoint '$(HOME)' --test-file 'b c'"),
     ],
 )

@@ -1,19 +1,8 @@
 """Variables of make: lists with spaces, and names that the environment has for other programs."""
 
-import os
-import subprocess
-
 import pytest
 
-from tests.helpers import REPOSITORY
-
-
-def make(*arguments, **environment):
-    # `make test` would have this one print the names of directories, and pass on its own variables.
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(
-        ["make", *arguments], cwd=REPOSITORY, env=outer | environment, capture_output=True, text=True, check=False
-    )
+from tests.helpers.make import make
 
 
 @pytest.mark.parametrize(

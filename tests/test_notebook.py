@@ -46,6 +46,7 @@ def test_quickstart_runs_from_start_to_end(tmp_path):
 
 
 TRAIN = """
+from ignite.engine import Events
 from cifar_ignite import load_config, train
 sizes = {"synthetic.train_size": 200, "synthetic.test_size": 10, "val_size": 20, "batch_size": 20}
 overrides = [f"data.{key}={value}" for key, value in sizes.items()]
@@ -55,7 +56,10 @@ train(config, attach=lambda state: open("started", "w").close())
 """
 AFTER = """
 assert handlers == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-result = train(config, resume="latest", attach=lambda state: state.trainer.terminate())
+def attach(state):
+    state.trainer.add_event_handler(Events.EPOCH_COMPLETED, state.trainer.terminate)
+result = train(config, resume="latest", attach=attach)
+assert len(result.history) < 1000
 """
 
 

@@ -43,6 +43,11 @@ def list_classes(root: Path) -> tuple[str, ...]:
     names = list_subdirectories(root / split)
     if not names and (label_file := find_label_file(root, split)):
         names = sorted(set(read_labels(label_file).values()))
+    if not names and split == TEST:
+        raise InputError(
+            f"{root}: no directory train, and no class directories or testLabels.csv for test, which would name the "
+            f"classes; predict classifies unlabeled images: make predict IMAGES={root / TEST}"
+        )
     if not names:
         raise InputError(
             f"{root / split}: no class directories, and no {split}Labels.csv in {root}; {LAYOUT_HINT.format(root=root)}"

@@ -70,7 +70,9 @@ def list_dataset(config: DataConfig, *, train: bool) -> ImageDataset | ImageFile
         name = ", ".join(dataset.class_names)
         raise InputError(f"data.dataset: {config.dataset} has one class only ({name}); training requires at least two")
     if reserved := RESERVED_NAMES.intersection(dataset.class_names):
-        raise InputError(f"data.dataset: a class is named {min(reserved)}, as a column of the predictions is; rename it")
+        raise InputError(
+            f"data.dataset: a class is named {min(reserved)}, as a column of the predictions is; rename it"
+        )
     return dataset
 
 

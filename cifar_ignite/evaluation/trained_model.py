@@ -169,7 +169,7 @@ def log_temperature(trained: TrainedModel, tta: str | None) -> None:
 
 
 def check_fits(trained: TrainedModel, dataset: ImageDataset, dataset_name: str) -> None:
-    """Check that the classes of a dataset are those that a model was trained on, in the same order.
+    """Check that a dataset has the classes that a model was trained on, in the same order, and the same image size.
 
     Args:
         trained: Trained model.
@@ -177,8 +177,14 @@ def check_fits(trained: TrainedModel, dataset: ImageDataset, dataset_name: str) 
         dataset_name: Name of the dataset in the message.
 
     Raises:
-        InputError: If the classes differ.
+        InputError: If they differ.
     """
+    size, trained_size = dataset.images.shape[-1], trained.config.data.image_size
+    if size != trained_size:
+        raise InputError(
+            f"{trained.path}: trained on images of {trained_size} pixels, but those of {dataset_name} have {size}; name "
+            "a model of this size with --model or --checkpoint, or train one"
+        )
     if trained.record.class_names != list(dataset.class_names):
         raise InputError(
             f"{trained.path}: trained on the classes {', '.join(trained.record.class_names)}, but those of "

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.accuracy import measure, time_to_accuracy
+from benchmarks.accuracy import configure_run, curve_val_size, measure, time_to_accuracy
+from cifar_ignite.config import Config
 from cifar_ignite.training.environment import format_commit
 from tests.benchmarks.helpers import run_benchmark
 
@@ -52,3 +53,10 @@ def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():
     assert [(row["val_acc"], row["epoch"], row["seconds"]) for row in time_to_accuracy(history)] == [
         (0.5, 1, 2.0), (0.6, 2, 5.0), (0.7, 2, 5.0), (0.8, 2, 5.0), (0.85, 4, 14.0), (0.9, 4, 14.0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("val_size", "expected"), [(None, None), (0, 5000), (300, 300)])
+def test_curve_is_measured_with_the_validation_images_of_the_recipe(val_size, expected):
+    recipe = Config(data={"val_size": val_size})
+    assert curve_val_size(recipe) == expected
+    assert configure_run(recipe, 0, expected).experiment.endswith("_curve")

@@ -185,6 +185,13 @@ def other_class_in_val(root):
     (root / "val" / "cat").rename(root / "val" / "lion")
 
 
+def unlabeled_test_alone(root):
+    shutil.rmtree(root / "train")
+    shutil.move(root / "test" / "cat", root / "images")
+    shutil.rmtree(root / "test")
+    (root / "images").rename(root / "test")
+
+
 def unlabeled_val(root):
     shutil.copytree(root / "test" / "cat", root / "val")
 
@@ -195,6 +202,7 @@ def unlabeled_val(root):
         (unlabeled_val, r"val: no class directories, and no valLabels\.csv; validation requires labels"),
         (remove_train, r"photos: no directory train \(.*contains nothing\); put the images into"),
         (shutil.rmtree, r"photos: no directory train \(.*does not exist\)"),
+        (unlabeled_test_alone, r"photos: no directory train, .*make predict IMAGES="),
         (empty_train, r"train: no class directories, and no trainLabels\.csv"),
         (empty_class, r"train/bird: no images.*every class directory must contain images"),
         (one_class, r"data\.dataset: folder has one class only \(cat\)"),
