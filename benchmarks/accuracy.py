@@ -126,10 +126,8 @@ def format_result(result: dict[str, Any], val_size: int | None) -> str:
     lines = [f"{result['title']}: all training images, last weights, the test set evaluated once per seed"]
     lines.append(pd.DataFrame(result["seeds"]).to_string(index=False, float_format="{:.4f}".format))
     if "time_to_accuracy" in result:
-        lines += [
-            "",
-            f"time to validation accuracy ({val_size or 'a tenth of the'} images held out in another run, evaluation excluded)",
-        ]
+        held_out = "a tenth of the images" if val_size is None else f"{val_size} images"
+        lines += ["", f"time to validation accuracy ({held_out} held out in another run, evaluation excluded)"]
         table = pd.DataFrame(result["time_to_accuracy"]).to_string(index=False, float_format="{:.2f}".format)
         lines.append(table if result["time_to_accuracy"] else f"below {MILESTONES[0]:.0%} in all epochs")
     lines += [

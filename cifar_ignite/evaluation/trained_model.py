@@ -182,8 +182,8 @@ def check_fits(trained: TrainedModel, dataset: ImageDataset, dataset_name: str) 
     size, trained_size = dataset.images.shape[-1], trained.config.data.image_size
     if size != trained_size:
         raise InputError(
-            f"{trained.path}: trained on images of {trained_size} pixels, but those of {dataset_name} have {size}; name "
-            "a model of this size with --model or --checkpoint, or train one"
+            f"{trained.path}: trained on images of {trained_size} pixels, but those of {dataset_name} have {size}; "
+            "name a model of this size with --model or --checkpoint, or train one"
         )
     if trained.record.class_names != list(dataset.class_names):
         raise InputError(
