@@ -28,9 +28,10 @@ NUM_BISECTIONS = 50
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature with the lowest negative log-likelihood, in [1 / `MAX_TEMPERATURE`, `MAX_TEMPERATURE`].
 
-    The loss is convex in the inverse temperature, so that bisection finds the zero of its slope. Without one, a bound
-    is returned: the lowest if all images are right, for which more confidence is always better. Where the slope is zero
-    or NaN everywhere (equal logits, no images, logits that are not finite), the temperature is 1.
+    The loss is convex in the inverse temperature, so that bisection finds the zero of its slope, or the bound next to
+    it. If no image is wrong, as is common for few images, more confidence is always better, and nothing shows how sure
+    the model may be: the temperature is 1. So it is where the slope is zero or NaN everywhere (equal logits, no images,
+    logits that are not finite).
 
     Args:
         logits: float (N, num_classes) on any device; float64 on the CPU is computed with.
@@ -39,6 +40,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     logits = logits.cpu().double()  # MPS has no float64
     logits = logits - logits.amax(1, keepdim=True)
     label_logits = logits.gather(1, labels.cpu()[:, None]).squeeze(1)
+    if (label_logits == 0).all():  # no image is wrong
+        return 1.0
     low, high = -math.log(MAX_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2

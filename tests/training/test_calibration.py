@@ -64,7 +64,7 @@ def test_fit_temperature_does_not_depend_on_a_constant_added_to_an_image():
 @pytest.mark.parametrize(
     ("logits", "labels", "expected"),
     [
-        (5 * torch.eye(10), torch.arange(10), 1 / MAX_TEMPERATURE),  # all right
+        (5 * torch.eye(10), torch.arange(10), 1),  # all right
         (5 * torch.eye(10), (torch.arange(10) + 1) % 10, MAX_TEMPERATURE),  # all wrong
         (torch.full((10, 10), 3.3), torch.arange(10), 1),  # equal logits
         (torch.randn(10, 1), torch.zeros(10, dtype=torch.long), 1),  # a single class
@@ -76,6 +76,18 @@ def test_fit_temperature_does_not_depend_on_a_constant_added_to_an_image():
 )
 def test_fit_temperature_of_degenerate_predictions_is_finite(logits, labels, expected):
     assert fit_temperature(logits, labels) == pytest.approx(expected)
+
+
+def test_fit_temperature_without_a_wrong_image_keeps_the_confidence_of_an_unsure_prediction():
+    logits = torch.tensor([[0.6, 0.4], [0.3, 0.7], [0.9, 0.1]]).log()
+    temperature = fit_temperature(logits, torch.tensor([0, 1, 0]))
+    assert (logits / temperature).softmax(1)[0, 0].item() == pytest.approx(0.6)
+
+
+def test_fit_temperature_with_one_wrong_image_is_fitted():
+    logits = torch.tensor([[2.0, 0.0]]).expand(10, 2)
+    labels = torch.tensor([0] * 9 + [1])
+    assert fit_temperature(logits, labels) == pytest.approx(2 / math.log(9))  # a confidence of 90%
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
