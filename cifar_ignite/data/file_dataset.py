@@ -47,7 +47,7 @@ def load_image_files(listed: ImageFiles, config: DataConfig, device: torch.devic
         device: Device that the images will be moved to, for the check of its memory.
 
     Raises:
-        InputError: If the images do not fit into memory, or too many files, or all of a class, are unreadable.
+        InputError: If the images do not fit into memory, or too many files, or all of a split or class, are unreadable.
     """
     splits = [listed, *([listed.val] if listed.val else [])]
     size = config.image_size
@@ -73,7 +73,7 @@ def check_unreadable(listed: ImageFiles, unreadable: dict[Path, str], max_unread
     """Log each unreadable file, and check that there are not too many.
 
     Raises:
-        InputError: If there are too many, or all files of a class are unreadable.
+        InputError: If there are too many, or all files, of the split or of a class, are unreadable.
     """
     for file, reason in unreadable.items():
         logger.warning("%s: %s", printable(file), printable(reason))
@@ -84,6 +84,8 @@ def check_unreadable(listed: ImageFiles, unreadable: dict[Path, str], max_unread
             f"{printable(file.name)} ({printable(reason)}); remove them, or leave them out with "
             f"data.max_unreadable={len(unreadable)}"
         )
+    if len(unreadable) == len(listed.files):
+        raise InputError(f"{printable(listed.directory)}: none of the {len(listed.files)} files is readable")
     labeled = list(zip(listed.files, listed.labels or (), strict=False))
     readable = {label for file, label in labeled if file not in unreadable}
     if lost := sorted({label for _, label in labeled} - readable):

@@ -291,6 +291,14 @@ def test_folder_with_unreadable_class_is_refused(root):
         load(root, max_unreadable=10)
 
 
+def test_unlabeled_test_set_without_readable_file_is_refused(tmp_path):
+    root = write_kaggle(tmp_path / "photos")
+    for path in (root / "test").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"test: none of the 12 files is readable"):
+        load(root, train=False, max_unreadable=100)
+
+
 # --- Memory -------------------------------------------------------------------------------------------------------
 
 
