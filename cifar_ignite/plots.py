@@ -40,8 +40,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
-# A decorator: figures are drawn in this style.
-default_style = style.context("default")
+# A decorator: figures are drawn in this style. Dollar signs in names of classes, files and runs start no formula.
+default_style = style.context(["default", {"text.parse_math": False}])
 DPI = 110
 # Above this number of classes, a confusion matrix shows errors only, in a smaller text.
 MANY_CLASSES = 20

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -75,6 +76,29 @@ def test_plot_comparison_shows_training_accuracy_without_validation(tmp_path):
     run = {"run": "r", "experiment": "e", "best_val_acc": np.nan, "test_acc": 0.5}
     history = pd.DataFrame([epoch_metrics(1, None), epoch_metrics(2, None)]).astype(float)
     plot_comparison(pd.DataFrame([run]), {"r": history}, tmp_path / "a.png")
+    assert dark_fraction(tmp_path / "a.png") > 0.01
+
+
+NAME = "0 $a_$ .png"  # between its dollar signs is no valid formula
+IMAGES = np.full((1, 8, 8, 3), 99, np.uint8)
+ERRORS = pd.DataFrame([{"ID": NAME, "true": NAME, "predicted": NAME, "confidence": 0.5}])
+RUNS = pd.DataFrame([{"run": NAME, "experiment": NAME, "best_val_acc": 0.5, "test_acc": 0.5}])
+HISTORIES = {NAME: pd.DataFrame([epoch_metrics(1, 0.5)]).astype(float)}
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        partial(plot_confusion_matrix, np.eye(2, dtype=int), (NAME, "b")),
+        partial(plot_misclassified, ERRORS, IMAGES),
+        partial(plot_train_batch, IMAGES, np.array([[1.0, 0.0]]), (NAME, "b")),
+        partial(plot_class_samples, [(NAME, IMAGES)]),
+        partial(plot_comparison, RUNS, HISTORIES),
+    ],
+    ids=lambda plot: plot.func.__name__,
+)
+def test_plot_shows_dollar_signs_in_a_name_as_they_are(tmp_path, plot):
+    plot(tmp_path / "a.png")
     assert dark_fraction(tmp_path / "a.png") > 0.01
 
 
