@@ -24,7 +24,8 @@ OPSET_VERSION = 18
 LOGIT_TOLERANCE = 1e-4
 # Name of the temperature in the metadata of a program.
 TEMPERATURE_KEY = "temperature"
-VERIFIED_BATCH_SIZES = (1, 256)
+# Pixels of the images that programs are verified with: 256 images of CIFAR-10. The memory for them grows with it.
+VERIFIED_PIXELS = 256 * 32**2
 
 # Saves a program to a path; returns the saved program, loaded again, as a function from images to logits.
 SaveProgram = Callable[[ExportedProgram, Path], Callable[[Tensor], Tensor]]
@@ -86,7 +87,7 @@ def export_dtype(model: NormalizedModel, images: Tensor, prefix: Path, formats: 
 
     Args:
         model: Model in eval mode, on the CPU.
-        images: Images that the programs are verified with; see `example_images`.
+        images: Images that the programs are verified with, one by one and all in a batch; see `example_images`.
         prefix: Path of the files without "_{dtype}{extension}".
         formats: Function that saves a program, by file extension.
     """
@@ -108,11 +109,12 @@ def export_and_verify(
     """
     with atomic_write(path) as temp_path:
         loaded = save(program, temp_path)
-        diffs = [max_logit_diff(model, loaded, images, batch_size) for batch_size in VERIFIED_BATCH_SIZES]
+        batch_sizes = (1, len(images))
+        diffs = [max_logit_diff(model, loaded, images, batch_size) for batch_size in batch_sizes]
         if not max(diffs) <= LOGIT_TOLERANCE:
             raise TrainingError(f"{path.name}: logits differ by {max(diffs):.2g} from the model's")
     by_batch_size = ", ".join(
-        f"{diff:.1e} (N={batch_size})" for diff, batch_size in zip(diffs, VERIFIED_BATCH_SIZES, strict=True)
+        f"{diff:.1e} (N={batch_size})" for diff, batch_size in zip(diffs, batch_sizes, strict=True)
     )
     logger.info("%s  %.1f MB  largest logit difference %s", path, path.stat().st_size / 1e6, by_batch_size)
 
@@ -125,8 +127,11 @@ def max_logit_diff(model: nn.Module, program: Callable[[Tensor], Tensor], images
 
 
 def example_images(size: int, dtype: torch.dtype) -> Tensor:
-    """Return images of the synthetic dataset: (N, 3, size, size), uint8, or float32 in [0, 1]."""
-    count = max(VERIFIED_BATCH_SIZES)
+    """Return images of the synthetic dataset: (N, 3, size, size), uint8, or float32 in [0, 1].
+
+    Of large images there are fewer, with `VERIFIED_PIXELS` in all, but at least two.
+    """
+    count = max(2, VERIFIED_PIXELS // size**2)
     images = make_synthetic(SyntheticConfig(test_size=count), train=False, size=size).images
     return images if dtype == torch.uint8 else images.float() / 255
 

@@ -79,6 +79,27 @@ def test_export_without_onnx_packages_writes_pt2_only(overrides, monkeypatch, ca
     assert "no ONNX: no_such_package not installed; pip install no_such_package" in caplog.text
 
 
+@pytest.mark.parametrize(("size", "count"), [(32, 256), (48, 113), (224, 5), (512, 2), (1024, 2)])
+def test_programs_are_verified_with_fewer_large_images(size, count):
+    assert export_module.example_images(size, torch.uint8).shape == (count, 3, size, size)
+
+
+def test_export_of_large_images_is_verified_in_batches_of_one_and_several(tmp_path, caplog):
+    batch_sizes = []
+
+    def save(program, path):
+        path.write_bytes(b"x")
+        return lambda images: batch_sizes.append(len(images)) or images.mean((1, 2, 3))
+
+    model = lambda images: images.mean((1, 2, 3))  # noqa: E731
+    images = export_module.example_images(224, torch.float32)
+    with caplog.at_level("INFO"):
+        export_module.export_and_verify(save, None, model, images, tmp_path / "a.pt2")
+    assert batch_sizes == [1] * 5 + [5]
+    assert "(N=1)" in caplog.text
+    assert "(N=5)" in caplog.text
+
+
 @pytest.mark.parametrize(("offset", "expected"), [(1e-3, "0.001"), (torch.nan, "nan")])
 def test_export_of_different_logits_writes_nothing(overrides, tmp_path, monkeypatch, offset, expected):
     def save_wrong(program, path, metadata):
