@@ -24,7 +24,7 @@ from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import create_loaders
 from cifar_ignite.data.registry import load_dataset
 from cifar_ignite.data.resolving import resolve_config
-from cifar_ignite.distributed.collectives import broadcast_from_rank0
+from cifar_ignite.distributed.collectives import broadcast_from_rank0, check_same_images
 from cifar_ignite.distributed.env import DistEnv, dist_env_from_environ
 from cifar_ignite.distributed.process_group import (
     DistributedContext,
@@ -153,20 +153,23 @@ def _train(
     # An invalid model is refused before the dataset is downloaded, although only the dataset has the number of classes.
     create_initial_model(config, num_classes=1, device=device)
     train_set, val_set = load_splits(config, device)
+    class_names, fingerprints = list(train_set.class_names), (train_set.fingerprint, val_set.fingerprint)
+    check_same_images(" ".join(fingerprints), context.cpu_group)
     config = resolve_config(config, train_set, val_set)
-    class_names, val_fingerprint = list(train_set.class_names), val_set.fingerprint
     model = create_initial_model(config, train_set.num_classes, device)
     loaders = create_loaders(config, train_set, val_set, device)
     if resume:
         resume.check_compatible(model, len(loaders[0]))
-        resume.check_same_data(class_names, val_fingerprint)
+        resume.check_same_data(class_names, *fingerprints)
     # A signal before this line exits the process at once: there is nothing to save.
     with catch_signals(context) as flag:
         run_dir = open_run_dir(config, class_names, resume.run_dir if resume else None, context.env)
         with log_file(run_dir / "logs" / "training.log"), append_latest_checkpoint(run_dir):
             log_start(config, model, (train_set, val_set), run_dir, resume)
             tree = config.model_dump(mode="json")
-            record = RunRecord(run_dir.name, tree, class_names, val_fingerprint=val_fingerprint)
+            record = RunRecord(
+                run_dir.name, tree, class_names, train_fingerprint=fingerprints[0], val_fingerprint=fingerprints[1]
+            )
             state = TrainingState(config, model, loaders, record, run_dir / "checkpoints")
             checkpoints = attach_handlers(state, run_dir / "logs", flag, context.cpu_group)
             if resume:

@@ -107,6 +107,18 @@ def test_folder_that_has_changed_is_not_resumed(train, tmp_path, photos):
     assert train("--resume", "latest", "--allow-changes", "--set", "train.epochs=2")[0] == 0
 
 
+def test_folder_with_changed_training_image_is_not_resumed(train, photos):
+    """The validation images are in a directory of their own and stay the same."""
+    write_photos(photos, {"val": 6})
+    assert train("--set", "train.epochs=1")[0] == 0
+    path = next(path for path in sorted((photos / "train").rglob("*")) if path.is_file())
+    save_photo(Image.fromarray(255 - smooth_image(40, 40)), path.with_suffix(""), int(path.stem))
+    status, _, err = train("--resume", "latest", "--set", "train.epochs=2")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the training images differ from those of the run" in err
+    assert train("--resume", "latest", "--allow-changes", "--set", "train.epochs=2")[0] == 0
+
+
 def test_folder_with_other_classes_is_not_resumed(train, photos):
     assert train("--set", "train.epochs=1")[0] == 0
     (photos / "train" / "cat").rename(photos / "train" / "ant")

@@ -12,6 +12,7 @@ from ignite.handlers import ModelCheckpoint
 from cifar_ignite.checkpointing.io import copy_checkpoint, load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.checkpointing.savers import FaultTolerantSaver, create_model_checkpoint
+from cifar_ignite.config_io import flatten_dict
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import check_listable, list_files
 
@@ -110,7 +111,8 @@ def list_best_models(output_dir: Path) -> list[Path]:
 def promote_best_model(source: Path, target: Path) -> str:
     """Copy a run's best model to `target`, unless `target` is better or not comparable.
 
-    Models are comparable if they were validated on the same images. Without validation, the latest model is copied.
+    Models are comparable if they are of the same run, or were validated on the same images. Without validation, the
+    latest model is copied.
 
     Returns:
         One line about which run's model `target` now contains.
@@ -120,16 +122,28 @@ def promote_best_model(source: Path, target: Path) -> str:
     """
     record: RunRecord = load_checkpoint(source)["record"]
     if record.val_acc is not None and target.exists() and (other := _load_record(target)):
-        if record.val_fingerprint != other.val_fingerprint:
+        is_own = other.run == record.run
+        if not is_own and not _same_validation_images(record, other):
             return (
                 f"{target} unchanged: validated on other images (use --set experiment=NAME to save this one elsewhere)"
             )
         # A run that was killed while promoting a model promotes the same model again.
-        is_same = other.run == record.run and other.val_acc == record.val_acc
+        is_same = is_own and other.val_acc == record.val_acc
         if other.val_acc is not None and other.val_acc >= record.val_acc and not is_same:
             return f"{target} unchanged: run {other.run} reached {other.val_acc:.2%}"
     copy_checkpoint(source, target)
     return f"{target} updated by this run"
+
+
+def _same_validation_images(record: RunRecord, other: RunRecord) -> bool:
+    """Compare fingerprints; if one was not recorded, compare the configuration of the data."""
+    if record.val_fingerprint and other.val_fingerprint:
+        return record.val_fingerprint == other.val_fingerprint
+    ours, theirs = flatten_dict(record.config), flatten_dict(other.config)
+    keys = ["data.dataset", "data.val_size", "data.split_seed"]
+    if ours.get("data.dataset") == "synthetic":
+        keys += [key for key in ours if key.startswith("data.synthetic.")]
+    return all(ours.get(key) == theirs.get(key) for key in keys)
 
 
 def _load_record(path: Path) -> RunRecord | None:

@@ -66,11 +66,12 @@ class ResumeState:
         stopped_early = self.config.train.patience is not None and counter >= self.config.train.patience
         return self.epoch >= self.config.train.epochs or (stopped_early and "train.epochs" not in self.changed)
 
-    def check_same_data(self, class_names: list[str], val_fingerprint: str) -> None:
-        """Check that the classes and the validation images are those of the saved run, unless changes are allowed.
+    def check_same_data(self, class_names: list[str], train_fingerprint: str, val_fingerprint: str) -> None:
+        """Check that the classes and the images are those of the saved run, unless changes are allowed.
 
         Args:
             class_names: Names in label order.
+            train_fingerprint: Fingerprint of the training images.
             val_fingerprint: Fingerprint of the validation images.
 
         Raises:
@@ -82,11 +83,16 @@ class ResumeState:
         if record.class_names != class_names:
             saved, now = (", ".join(names) for names in (record.class_names, class_names))
             raise InputError(f"{self.path}: trained on the classes {saved}; those of the dataset are {now}")
-        if record.val_fingerprint not in (None, val_fingerprint):
-            raise InputError(
-                f"{self.path}: the validation images differ from those of the run; the dataset has changed since, use "
-                "--allow-changes to resume nevertheless"
-            )
+        found = {
+            "validation": (record.val_fingerprint, val_fingerprint),
+            "training": (record.train_fingerprint, train_fingerprint),
+        }
+        for split, (saved_fingerprint, fingerprint) in found.items():
+            if saved_fingerprint not in (None, fingerprint):
+                raise InputError(
+                    f"{self.path}: the {split} images differ from those of the run; the dataset has changed since, use "
+                    "--allow-changes to resume nevertheless"
+                )
 
     def check_compatible(self, model: nn.Module, epoch_length: int) -> None:
         """Check that the checkpoint fits the model and the data, and that all ranks found the same one.

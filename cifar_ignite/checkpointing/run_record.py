@@ -36,6 +36,7 @@ class RunRecord:
         history: One entry per completed epoch.
         environments: One entry per environment that the run was trained in, with `from_iteration`, the completed
             iterations when it began there (see `training.environment`); empty in checkpoints that have none yet.
+        train_fingerprint: Hash of the training images (`ImageDataset.fingerprint`); None if it was not recorded.
         val_fingerprint: Hash of the validation images (`ImageDataset.fingerprint`); None if it was not recorded.
         format: Version of the checkpoint's layout.
     """
@@ -45,6 +46,7 @@ class RunRecord:
     class_names: list[str]
     history: list[EpochMetrics] = field(default_factory=list)
     environments: list[dict[str, JsonValue]] = field(default_factory=list)
+    train_fingerprint: str | None = None
     val_fingerprint: str | None = None
     format: Literal[2] = FORMAT
 

@@ -36,6 +36,21 @@ def broadcast_from_rank0(create: Callable[[], str]) -> str:
     return str(text if idist.get_world_size() == 1 else idist.broadcast(text, safe_mode=True))
 
 
+def check_same_images(fingerprint: str, group: Any = None) -> None:
+    """Raise an InputError on all ranks if one of them has loaded other images than rank 0.
+
+    Args:
+        fingerprint: Fingerprint of this rank's images.
+        group: Process group on gloo; None is the default group.
+    """
+    is_other = fingerprint != broadcast_from_rank0(lambda: fingerprint)
+    if all_reduce_max(int(is_other), group):
+        raise InputError(
+            "data.root: the ranks loaded different images; the dataset must have the same files on all machines, "
+            "and Pillow the same version"
+        )
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Copy rank 0's buffers to all ranks: BatchNorm statistics, which each rank gathers from its own images."""
     if idist.get_world_size() > 1:

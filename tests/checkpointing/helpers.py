@@ -13,16 +13,19 @@ from cifar_ignite.config import Config
 from tests.helpers import epoch_metrics
 
 
-def create_record(val_acc: float | None = 0.5, run: str = "2026", val_images: str = "these") -> RunRecord:
+def create_record(
+    val_acc: float | None = 0.5, run: str = "2026", val_images: str | None = "these", data: dict[str, Any] | None = None
+) -> RunRecord:
     """Return the record of a run after three epochs; `val_images` stands for the images that it was validated on."""
     history = [epoch_metrics(3, val_acc)]
-    return RunRecord(run, Config().model_dump(mode="json"), ["a", "b"], history, val_fingerprint=val_images)
+    tree = Config.model_validate({"data": data or {}}).model_dump(mode="json")
+    return RunRecord(run, tree, ["a", "b"], history, val_fingerprint=val_images)
 
 
-def write_checkpoint(path: Path, val_acc: float | None = 0.5, run: str = "2026", val_images: str = "these") -> Path:
-    """Write a checkpoint with 300 weights drawn from seed 0; return `path`."""
+def write_checkpoint(path: Path, *values: Any, **options: Any) -> Path:
+    """Write a checkpoint with 300 weights drawn from seed 0 and a record, see `create_record`; return `path`."""
     weight = torch.randn(300, generator=torch.Generator().manual_seed(0))
-    record = create_record(val_acc, run, val_images)
+    record = create_record(*values, **options)
     io.save_checkpoint(path, {"model": {"weight": weight}, "record": record.state_dict()})
     return path
 

@@ -183,11 +183,37 @@ def test_run_killed_while_promoting_promotes_same_model_again(tmp_path):
     assert "updated by this run" in promote(tmp_path, 0.5)
 
 
-@pytest.mark.parametrize("val_images", ["others", None])
-def test_models_validated_on_other_images_are_not_compared(tmp_path, val_images):
+def test_models_validated_on_other_images_are_not_compared(tmp_path):
     promote(tmp_path, 0.5)
-    assert "unchanged: validated on other images" in promote(tmp_path, 0.9, val_images=val_images)
+    assert "unchanged: validated on other images" in promote(tmp_path, 0.9, "2027", val_images="others")
     assert promoted_accuracy(tmp_path) == 0.5
+
+
+@pytest.mark.parametrize("val_images", ["others", None])
+def test_run_replaces_its_own_model_although_images_differ(tmp_path, val_images):
+    promote(tmp_path, 0.5, val_images=val_images)
+    assert "updated by this run" in promote(tmp_path, 0.6)
+
+
+@pytest.mark.parametrize("recorded", [(None, "these"), ("these", None), (None, None)])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, "updated by this run"),
+        ({"dataset": "cifar100"}, "unchanged: validated on other images"),
+        ({"val_size": 7}, "unchanged: validated on other images"),
+        ({"split_seed": 7}, "unchanged: validated on other images"),
+        ({"synthetic": {"seed": 7}}, "updated by this run"),
+        ({"dataset": "synthetic", "synthetic": {"seed": 7}}, "unchanged: validated on other images"),
+    ],
+    ids=str,
+)
+def test_models_without_fingerprint_are_compared_if_their_data_are_configured_alike(tmp_path, recorded, data, expected):
+    base = {"dataset": "synthetic"} if data.get("dataset") == "synthetic" else {}
+    write_checkpoint(tmp_path / "old.pth", 0.5, "2026", recorded[0], base)
+    write_checkpoint(tmp_path / "new.pth", 0.9, "2027", recorded[1], data)
+    promote_best_model(tmp_path / "old.pth", tmp_path / "x_best.pth")
+    assert expected in promote_best_model(tmp_path / "new.pth", tmp_path / "x_best.pth")
 
 
 def test_unreadable_best_model_is_replaced_with_warning(tmp_path, caplog):

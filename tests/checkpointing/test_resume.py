@@ -14,6 +14,7 @@ import torch
 from cifar_ignite.checkpointing import io, resume
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.checkpointing.resume import ResumeState
+from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.errors import InputError
 from tests.helpers import REPOSITORY, assert_same_training, only_run, posix_only, snapshot
 from tests.helpers.runs import STATEFUL, call_at_iteration, latest_checkpoint, send_signal, set_options
@@ -333,6 +334,16 @@ def test_ranks_that_find_different_checkpoints_are_refused(tiny_config, monkeypa
     state = ResumeState(None, Path("latest.pt"), {}, tiny_config(), {}, [])
     with pytest.raises(InputError, match="output_dir"):
         state.check_compatible(torch.nn.Identity(), 1)
+
+
+def test_checkpoint_without_fingerprints_resumes_with_any_images(tiny_config):
+    """Runs recorded none at first."""
+    record = RunRecord("run", {}, ["a", "b"])
+    state = ResumeState(None, Path("latest.pt"), {"record": record}, tiny_config(), {}, [])
+    state.check_same_data(["a", "b"], "training", "validation")
+    record.train_fingerprint = "others"
+    with pytest.raises(InputError, match="training images"):
+        state.check_same_data(["a", "b"], "training", "validation")
 
 
 def test_latest_falls_back_to_older_checkpoint_with_warning(train, interrupt, uninterrupted, tmp_path):

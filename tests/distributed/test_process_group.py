@@ -355,6 +355,23 @@ def test_failure_of_one_rank_ends_all_and_is_reported_once(job, train, monkeypat
     assert message in log
 
 
+def test_ranks_that_loaded_different_images_are_refused(job, train, tmp_path, monkeypatch):
+    """One training image differs in one value on rank 1."""
+    original = train_module.load_splits
+
+    def load(*arguments):
+        train_set, val_set = original(*arguments)
+        train_set.images[0, 0, 0, 0] ^= current_rank()
+        return train_set, val_set
+
+    monkeypatch.setattr(train_module, "load_splits", load)
+    statuses, log = job(train())
+    assert statuses == [2, 2], log
+    assert log.count("cifar_ignite: ") == 1, log
+    assert "data.root: the ranks loaded different images" in log
+    assert not (tmp_path / "outputs").exists()
+
+
 # --- Launchers ----------------------------------------------------------------------------------------------------
 
 
