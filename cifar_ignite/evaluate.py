@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ignite.distributed as idist
 import pandas as pd
 
-from cifar_ignite.data import load_dataset
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.registry import load_dataset_on_ranks
 from cifar_ignite.data.unlabeled import load_unlabeled_test_set
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import distributed_context
@@ -62,8 +61,7 @@ def evaluate(
     test_file = Path(test_file) if test_file else None
     trained = load_trained_model(checkpoint, model_name, overrides, CIFAR10_CLASSES if test_file else None)
     with distributed_context(trained.device, dist_env_from_environ()) as context:
-        with idist.one_rank_first(local=True):
-            dataset = load_test_set(trained, test_file)
+        dataset = load_test_set(trained, test_file)
         dataset_name = test_file.name if test_file else f"{trained.config.data.dataset} test set"
         check_fits(trained, dataset, dataset_name)
         logger.info("test set    %s (%s images)", test_file or trained.config.data.dataset, f"{len(dataset):,}")
@@ -80,7 +78,7 @@ def load_test_set(trained: TrainedModel, test_file: Path | None) -> ImageDataset
     """Load an unlabeled test file, or the test set that the configuration of the model names."""
     if test_file:
         return load_unlabeled_test_set(test_file)
-    return load_dataset(trained.config.data, train=False, device=trained.device)
+    return load_dataset_on_ranks(trained.config.data, train=False, device=trained.device)
 
 
 def evaluate_model(trained: TrainedModel, dataset: ImageDataset, dataset_name: str, tta: str | None) -> Evaluation:

@@ -22,7 +22,7 @@ from cifar_ignite.config import Config
 from cifar_ignite.config_io import parse_config
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import create_loaders
-from cifar_ignite.data.registry import load_dataset
+from cifar_ignite.data.registry import load_dataset_on_ranks
 from cifar_ignite.data.resolving import resolve_config
 from cifar_ignite.distributed.collectives import broadcast_from_rank0, check_same_images
 from cifar_ignite.distributed.env import DistEnv, dist_env_from_environ
@@ -188,8 +188,7 @@ def _train(
 
 def load_splits(config: Config, device: torch.device) -> tuple[ImageDataset, ImageDataset]:
     """Load the training set of the configured dataset; return the images for training and for validation."""
-    with idist.one_rank_first(local=True):  # the others find what the first one downloaded
-        dataset = load_dataset(config.data, train=True, device=device)
+    dataset = load_dataset_on_ranks(config.data, train=True, device=device)
     return train_val_split(dataset, config.data.val_size, config.data.split_seed)
 
 

@@ -38,21 +38,27 @@ class ImageFiles:
     val: "ImageFiles | None" = None
 
 
-def load_image_files(listed: ImageFiles, config: DataConfig, device: torch.device) -> ImageDataset:
+def check_files_fit(listed: ImageFiles, config: DataConfig, device: torch.device) -> None:
+    """Check that the decoded images fit into memory, and into that of the device that they will be moved to.
+
+    Raises:
+        InputError: If they do not fit.
+    """
+    count, size = len(listed.files) + (len(listed.val.files) if listed.val else 0), config.image_size
+    check_memory((count, 3, size, size), device)
+
+
+def load_image_files(listed: ImageFiles, config: DataConfig) -> ImageDataset:
     """Decode all files; those that are unreadable are logged and left out.
 
     Args:
         listed: Files to load.
         config: Section with the size of the images and the number of files that may be unreadable.
-        device: Device that the images will be moved to, for the check of its memory.
 
     Raises:
-        InputError: If the images do not fit into memory, or too many files, or all of a split or class, are unreadable.
+        InputError: If too many files, or all of a split or class, are unreadable.
     """
-    splits = [listed, *([listed.val] if listed.val else [])]
-    size = config.image_size
-    check_memory((sum(len(split.files) for split in splits), 3, size, size), device)
-    train, *val = [load_split(split, config) for split in splits]
+    train, *val = [load_split(split, config) for split in (listed, *([listed.val] if listed.val else []))]
     return ImageDataset(train.images, train.labels, train.ids, train.class_names, *val)
 
 

@@ -38,7 +38,7 @@ def check_memory(shape: tuple[int, ...], device: torch.device) -> None:
         InputError: If they do not fit.
     """
     num_bytes = torch.Size(shape).numel()
-    # The first process of a machine, which loads before the others, checks for all of them.
+    # The first process of a machine, which checks before any other loads, checks for all of them.
     processes = idist.get_nproc_per_node() if idist.get_local_rank() == 0 else 1
     limits = [("memory", available_memory(), HOST_COPIES * processes * num_bytes)]
     if device.type == "cuda":

@@ -2,12 +2,13 @@
 
 from typing import Protocol
 
+import ignite.distributed as idist
 import torch
 from torch import Tensor
 
 from cifar_ignite.config import DataConfig
 from cifar_ignite.data.dataset import ImageDataset
-from cifar_ignite.data.file_dataset import ImageFiles, load_image_files
+from cifar_ignite.data.file_dataset import ImageFiles, check_files_fit, load_image_files
 from cifar_ignite.errors import InputError
 
 CPU = torch.device("cpu")
@@ -55,8 +56,25 @@ def load_dataset(config: DataConfig, *, train: bool, device: torch.device = CPU)
         InputError: If the dataset is unknown, a file is missing, malformed or unsafe, a download failed, the images do
             not have the configured size or do not fit into memory, or the classes are invalid.
     """
+    return _decode(_list_fitting(config, train, device), config)
+
+
+def load_dataset_on_ranks(config: DataConfig, *, train: bool, device: torch.device) -> ImageDataset:
+    """Load the dataset on all ranks, which call this together; arguments and errors are those of `load_dataset`."""
+    with idist.one_rank_first(local=True):  # the others find what the first one downloaded
+        listed = _list_fitting(config, train, device)
+    return _decode(listed, config)  # on all ranks at once: it may take longer than a rank waits for another
+
+
+def _list_fitting(config: DataConfig, train: bool, device: torch.device) -> ImageDataset | ImageFiles:
     listed = list_dataset(config, train=train)
-    dataset = load_image_files(listed, config, device) if isinstance(listed, ImageFiles) else listed
+    if isinstance(listed, ImageFiles):
+        check_files_fit(listed, config, device)
+    return listed
+
+
+def _decode(listed: ImageDataset | ImageFiles, config: DataConfig) -> ImageDataset:
+    dataset = load_image_files(listed, config) if isinstance(listed, ImageFiles) else listed
     check_shape(config, dataset.images)
     return dataset
 

@@ -51,6 +51,31 @@ def check_same_images(fingerprint: str, group: Any = None) -> None:
         )
 
 
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """Raise on all ranks, after the block, if one of them fails in it: the block must not contain a collective.
+
+    Raises:
+        InputError, OSError, RuntimeError: The error of this rank, or a RuntimeError about another one.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (InputError, OSError, RuntimeError) as caught:
+        error = caught
+    if idist.all_reduce(int(error is not None), "MAX"):
+        raise error or RuntimeError("another process of this run failed")
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Copy rank 0's parameters and buffers to all ranks."""
+    if idist.get_world_size() > 1:
+        for value in module.state_dict().values():
+            sent = value.contiguous()
+            dist.broadcast(sent, src=0)
+            value.copy_(sent)
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Copy rank 0's buffers to all ranks: BatchNorm statistics, which each rank gathers from its own images."""
     if idist.get_world_size() > 1:

@@ -5,21 +5,25 @@ images and saved with the best model, together with those for test-time augmenta
 """
 
 import copy
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.handlers import EpochOutputStore
 from torch import Tensor, nn
 
 from cifar_ignite.checkpointing.io import load_checkpoint, save_checkpoint
-from cifar_ignite.data.loaders import UNSHARDED, EvalLoader
-from cifar_ignite.distributed.collectives import gather_outputs
+from cifar_ignite.data.loaders import EvalLoader
+from cifar_ignite.distributed.collectives import broadcast_from_rank0, broadcast_state, fail_together, gather_outputs
 from cifar_ignite.training.forward import TTA_MODES, create_forward, create_tta_forward
 
 PLAIN = "plain"
 """Name of the temperature without TTA."""
+TEMPERATURES = (PLAIN, *TTA_MODES)
 MAX_TEMPERATURE = 10.0
 # Halves of an interval of 4.6: the logarithm is exact to 4e-15.
 NUM_BISECTIONS = 50
@@ -84,10 +88,12 @@ def add_tta_temperatures(
 ) -> dict[str, float]:
     """Fit the temperatures of a saved model that its file lacks, which are those with TTA, and add them to the file.
 
+    All ranks call it and predict their batches; only rank 0 reads and writes the file.
+
     Args:
         path: Best model of a run.
         model: Model of the same architecture on the device of the loader; its weights are not changed.
-        val_loader: Validation batches of any rank; all of the images are predicted.
+        val_loader: Validation batches of this rank.
         amp_dtype: Dtype under autocast.
 
     Returns:
@@ -95,22 +101,35 @@ def add_tta_temperatures(
 
     Raises:
         InputError: If the file cannot be loaded.
-        OSError, RuntimeError: If the file cannot be written; it stays as it was.
+        OSError, RuntimeError: If another rank fails, or the file cannot be written; it stays as it was.
     """
     assert val_loader.labels is not None, "validation requires labels"
-    saved, model, loader = load_checkpoint(path), copy.deepcopy(model).eval(), copy.copy(val_loader)
-    loader.shard = UNSHARDED
-    model.load_state_dict(saved["model"])
-    forward = create_forward(model, loader.images.device, amp_dtype)
-    forwards = {PLAIN: forward, **{tta: create_tta_forward(forward, tta) for tta in TTA_MODES}}
+    saved, model = {}, copy.deepcopy(model).eval()
+    with fail_together():
+        if idist.get_rank() == 0:
+            saved = load_checkpoint(path)
+            model.load_state_dict(saved["model"])
+    broadcast_state(model)
     # The file of a run that began before temperatures were fitted has none.
-    temperatures = dict(saved.get("temperatures", {}))
-    for name in [name for name in forwards if name not in temperatures]:
-        with torch.inference_mode():
-            logits = torch.cat([forwards[name](images) for images, _ in loader])
-        temperatures[name] = fit_temperature(logits, val_loader.labels)
-    save_checkpoint(path, saved | {"record": saved["record"].state_dict(), "temperatures": temperatures})
+    temperatures = json.loads(broadcast_from_rank0(lambda: json.dumps(saved.get("temperatures", {}))))
+    with fail_together():
+        outputs = _predict(model, val_loader, amp_dtype, [name for name in TEMPERATURES if name not in temperatures])
+    for name, logits in outputs.items():
+        gathered = gather_outputs(logits, val_loader.rows(), len(val_loader.images))
+        temperatures[name] = fit_temperature(gathered, val_loader.labels)
+    if idist.get_rank() == 0:
+        save_checkpoint(path, saved | {"record": saved["record"].state_dict(), "temperatures": temperatures})
     return temperatures
+
+
+def _predict(
+    model: nn.Module, loader: EvalLoader, amp_dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """Return the logits of this rank's batches, by the name of the temperature that is fitted on them."""
+    forward = create_forward(model, loader.images.device, amp_dtype)
+    forwards = {name: forward if name == PLAIN else create_tta_forward(forward, name) for name in names}
+    with torch.inference_mode():
+        return {name: [predict(images) for images, _ in loader] for name, predict in forwards.items()}
 
 
 def format_temperatures(temperatures: dict[str, float]) -> str:

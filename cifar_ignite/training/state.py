@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
@@ -140,7 +139,7 @@ class TrainingState:
         return self.record.epoch == self.config.train.epochs or bool(self.trainer.should_terminate)
 
     def calibrate_if_done(self) -> None:
-        """At the end of the run, add the temperatures with test-time augmentation to the best model, on rank 0.
+        """At the end of the run, add the temperatures with test-time augmentation to the best model.
 
         Before the last full checkpoint is saved: a run that is killed meanwhile is resumed from the one before it.
         """
@@ -148,13 +147,13 @@ class TrainingState:
             return
         if self.val_loader is None:
             logger.info("no validation images: the model gets no temperature, its probabilities are not calibrated")
-        elif idist.get_rank() == 0:
-            try:
-                temperatures = add_tta_temperatures(self.best.path, self.eval_model, self.val_loader, self.amp_dtype)
-                self.best.promote()
-                logger.info("temperature %s", format_temperatures(temperatures))
-            except (InputError, OSError, RuntimeError) as error:
-                logger.warning("no temperatures with test-time augmentation (%s)", first_line(error))
+            return
+        try:
+            temperatures = add_tta_temperatures(self.best.path, self.eval_model, self.val_loader, self.amp_dtype)
+            self.best.promote()
+            logger.info("temperature %s", format_temperatures(temperatures))
+        except (InputError, OSError, RuntimeError) as error:
+            logger.warning("no temperatures with test-time augmentation (%s)", first_line(error))
 
     def to_save(self) -> dict[str, Any]:
         """Return the objects of a full checkpoint, by name."""

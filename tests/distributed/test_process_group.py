@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 from benchmarks import forked_jobs
 from cifar_ignite.checkpointing import savers
 from cifar_ignite.checkpointing.io import load_checkpoint
-from cifar_ignite.data import cifar_files
+from cifar_ignite.data import DATASETS, cifar_files, file_dataset
 from cifar_ignite.data.dataset import train_val_split
 from cifar_ignite.data.loaders import EvalLoader
 from cifar_ignite.data.registry import load_dataset
@@ -34,12 +34,14 @@ from cifar_ignite.errors import InputError, TrainingError
 from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
 from cifar_ignite.evaluation.trained_model import load_trained_model
 from cifar_ignite.models import create_model
+from cifar_ignite.training import calibration
 from cifar_ignite.training.calibration import fit_temperature
 from cifar_ignite.training.engines import create_evaluator
-from cifar_ignite.training.forward import create_forward
+from cifar_ignite.training.forward import create_forward, create_tta_forward
 from cifar_ignite.training.metrics import attach_metrics
 from tests.distributed.conftest import TIMEOUT
 from tests.helpers import REPOSITORY, assert_same_training, only_run
+from tests.helpers.images import write_photos
 from tests.helpers.runs import call_at_iteration, latest_checkpoint, raise_disk_full, send_signal, set_options
 
 CPU = torch.device("cpu")
@@ -179,15 +181,66 @@ def test_temperatures_of_two_ranks_are_those_of_one_process(uninterrupted):
     trained = load_trained_model(path, None)
     data, forward = trained.config.data, create_inference_forward(trained)
     _, val_set = train_val_split(load_dataset(data, train=True), data.val_size, data.split_seed)
-    logits, _ = run_inference(trained, forward, val_set)
     temperatures = load_checkpoint(path)["temperatures"]
     assert temperatures.keys() == {"plain", "flip", "shift"}
-    assert temperatures["plain"] == pytest.approx(fit_temperature(logits, val_set.labels), rel=1e-6)
+    for name, temperature in temperatures.items():
+        predict = forward if name == "plain" else create_tta_forward(forward, name)
+        logits, _ = run_inference(trained, predict, val_set)
+        assert temperature == pytest.approx(fit_temperature(logits, val_set.labels), rel=1e-6), name
+
+
+def test_validation_images_with_tta_are_shared_by_the_ranks(job, train, tmp_path, monkeypatch):
+    """One rank that predicts all of them would let the others wait until they give up."""
+    original = calibration.create_tta_forward
+
+    def create(forward, tta):
+        predict, file = original(forward, tta), tmp_path / f"{tta}_{current_rank()}"
+        file.touch()
+
+        def count(images):
+            file.write_text(f"{file.read_text()}{len(images)} ")
+            return predict(images)
+
+        return count
+
+    monkeypatch.setattr(calibration, "create_tta_forward", create)
+    statuses, log = job(train(**{"train.epochs": 1, "data.batch_size": 8}))
+    assert statuses == [0, 0], log
+    val_size = json.loads((only_run(tmp_path) / "config.json").read_text())["data"]["val_size"]
+    for tta in ("flip", "shift"):
+        counts = [sum(map(int, (tmp_path / f"{tta}_{rank}").read_text().split())) for rank in range(2)]
+        assert sum(counts) == val_size
+        assert min(counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "rank", "error"),
+    [
+        ("load_checkpoint", 0, InputError("damaged")),
+        ("_predict", 0, RuntimeError("no memory")),
+        ("_predict", 1, RuntimeError("no memory")),
+        ("save_checkpoint", 0, OSError(28, "No space left on device")),
+    ],
+)
+def test_temperatures_that_one_rank_fails_to_add_end_no_run(job, train, tmp_path, monkeypatch, function, rank, error):
+    original = getattr(calibration, function)
+
+    def fail(*arguments):
+        if current_rank() == rank:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(calibration, function, fail)
+    statuses, log = job(train(**{"train.epochs": 1}))
+    assert statuses == [0, 0], log
+    assert log.count("no temperatures with test-time augmentation (") == 1, log
+    (path,) = (only_run(tmp_path) / "checkpoints").glob("best_epoch_*.pth")
+    assert load_checkpoint(path)["temperatures"].keys() == {"plain"}
 
 
 def test_dataset_is_loaded_by_local_rank_0_first(job, train, tmp_path, monkeypatch):
     """The other ranks find what it has downloaded."""
-    original, marker = train_module.load_dataset, tmp_path / "downloaded"
+    original, marker = DATASETS["cifar10"], tmp_path / "downloaded"
 
     def load(config, **options):
         if current_rank() == 0:
@@ -196,9 +249,52 @@ def test_dataset_is_loaded_by_local_rank_0_first(job, train, tmp_path, monkeypat
         assert marker.exists()
         return original(config, **options)
 
-    monkeypatch.setattr(train_module, "load_dataset", load)
+    monkeypatch.setitem(DATASETS, "cifar10", load)
     statuses, log = job(train(**{"train.epochs": 1}))
     assert statuses == [0, 0], log
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Options of a run on a folder of images."""
+    root = write_photos(tmp_path / "photos", {"train": 20, "test": 6})
+    return {"train.epochs": 1, "data.dataset": "folder", "data.root": root, "data.image_size": 32, "data.val_size": 12}
+
+
+def test_image_files_are_decoded_by_all_ranks_at_once(job, train, tmp_path, monkeypatch, photos):
+    """Ranks that take turns would wait longer than the timeout of a collective for a large folder."""
+    original = file_dataset.load_images
+
+    def load(files, size):
+        name = files[0].parent.parent.name
+        (tmp_path / f"{name}_{current_rank()}").touch()
+        for _ in range(200):
+            if (tmp_path / f"{name}_{1 - current_rank()}").exists():
+                return original(files, size)
+            time.sleep(0.05)
+        raise InputError("the other rank does not decode")
+
+    monkeypatch.setattr(file_dataset, "load_images", load)
+    for words in (train(**photos), ["evaluate", "--set", f"output_dir={tmp_path / 'outputs'}"]):
+        statuses, log = job(words)
+        assert statuses == [0, 0], log
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {0, 1}], ids=str)
+def test_files_that_are_not_decoded_end_all_ranks_and_are_reported_once(job, train, monkeypatch, photos, failing):
+    original = file_dataset.load_images
+
+    def load(files, size):
+        if current_rank() in failing:
+            raise InputError("photos: unreadable")
+        return original(files, size)
+
+    monkeypatch.setattr(file_dataset, "load_images", load)
+    statuses, log = job(train(**photos))
+    assert 2 in statuses
+    assert set(statuses) <= {1, 2}
+    assert log.count("cifar_ignite: ") == 1, log
+    assert "photos: unreadable" in log
 
 
 def test_train_returns_the_same_result_on_all_ranks(job, train, tmp_path, monkeypatch):
