@@ -239,8 +239,8 @@ class Config(Section):
     fp16 on a GPU with tensor cores, otherwise fp32; on an Apple GPU fp32), `fp32`, `tf32` (fp32, with TF32 on a CUDA
     GPU), or under autocast `bf16` or `fp16` (with a gradient scaler)"""
     compile: Annotated[Literal["auto", "on", "off"], Resume.SAFE] = "auto"
-    """torch.compile for the training pass: `auto` (on a CPU, for 2,000 iterations or more; a failure is a warning),
-    `on` (for the augmentation as well; a failure ends the run) or `off`"""
+    """torch.compile for the training pass: `auto` (on a CPU or one CUDA GPU, for 2,000 iterations or more; a failure is
+    a warning), `on` (for the augmentation as well; a failure ends the run) or `off`"""
     unsure_below: Annotated[Probability, Resume.SAFE] = 0.7
     """confidence below which `predict` marks a prediction as unsure; `evaluate` reports the accuracy above it"""
     data: DataConfig = DataConfig()

@@ -67,7 +67,7 @@ def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_
     plan, done = plan_of_gpu_script(tmp_path, EPOCHS="30", RUNS="se_fast:2", CASES="128:on", BENCH="30")
     steps = ["doctor", "faults", "accuracy_se_fast", "throughput_128_on", "accuracy_stochastic_fast"]
     assert [columns[0] for columns in plan] == steps
-    assert plan[2][1:5] == ["255", "s", "330", "s"]
+    assert plan[2][1:5] == ["315", "s", "430", "s"]
     assert done.stdout.count("no time left") == len(steps)
     assert done.returncode == 1
 
@@ -75,5 +75,5 @@ def test_gpu_script_prints_estimate_of_all_steps_and_runs_none_without_time(tmp_
 @posix_only
 def test_gpu_script_default_plan_reads_epochs_and_fits_ten_minutes(tmp_path):
     plan, _ = plan_of_gpu_script(tmp_path)
-    assert plan[2][:2] == ["accuracy_se_fast", str(3 * (30 * 50_000 // 20_000 + 10))]
+    assert plan[2][:2] == ["accuracy_se_fast", str(2 * (30 * 50_000 // 20_000 + 30))]
     assert int(plan[-1][3]) <= 570

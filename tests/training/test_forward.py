@@ -2,6 +2,7 @@
 
 import copy
 
+import ignite.distributed as idist
 import pytest
 import torch
 
@@ -54,9 +55,32 @@ def test_compiled_forward_equals_eager_and_warmup_restores_model():
     assert torch.equal(compiled(images[:5]), eager(images[:5]))
 
 
-def test_should_compile_auto_compiles_long_trainings_on_cpu():
-    assert [should_compile(Config(), CPU, iterations) for iterations in (1_999, 2_000)] == [False, True]
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_should_compile_auto_compiles_long_trainings(device):
+    assert [should_compile(Config(), device, iterations) for iterations in (1_999, 2_000)] == [False, True]
+
+
+def test_should_compile_auto_leaves_out_what_was_never_measured(monkeypatch):
+    assert not should_compile(Config(), torch.device("mps"), 10**6)
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    assert should_compile(Config(), CPU, 10**6)
     assert not should_compile(Config(), CUDA, 10**6)
+    assert should_compile(Config(compile="on"), CUDA, 1)
+
+
+def test_compiled_model_on_gpu_is_deterministic_cuda_graph(monkeypatch):
+    """Options that Inductor does not know would raise here."""
+    requested = {}
+
+    def recorder(model, **options):
+        requested.update(options)
+        return compile_(model, **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", recorder)
+    create_forward(create_model("se_resnet", num_classes=10, width=2), CUDA, torch.float32, compiled_batch=2)
+    cuda_graphs = torch._inductor.list_mode_options("reduce-overhead")
+    assert requested["options"] == cuda_graphs | {"deterministic": True}
 
 
 def test_should_compile_follows_explicit_request():
