@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from cifar_ignite.plots import create_figure, default_style
 
 MAX_SHEET_CLASSES = 100
 GAP = 2  # white pixels between the images of a sheet
+TITLE_HEIGHT = 0.28  # of two lines above an image, as a fraction of its height
 
 
 @default_style
@@ -17,22 +20,54 @@ def plot_image_grid(images: np.ndarray, titles: Sequence[str], heading: str, pat
     """Plot images with a title each.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, size, size, 3).
         titles: N titles, of two lines at most.
         heading: Title of the figure.
         path: PNG file.
         columns: Images per row.
     """
-    rows = max(1, -(-len(images) // columns))
-    figure = create_figure((1.75 * columns, 2.15 * rows + 0.5))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)] or [images]
+    size = images.shape[1]
+    header = round(TITLE_HEIGHT * size)
+    figure = create_figure((1.75 * columns, 2.15 * len(rows) + 0.5))
     figure.suptitle(heading)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, image, title in zip(grid, images, titles, strict=False):
-        axes.imshow(image, interpolation="nearest")
-        axes.set_title(title, fontsize=8)
+    axes = _show_sheet(figure, create_sheet(rows, size, columns, header))
+    axes.set_yticks([])
+    for index, title in enumerate(titles):
+        row, column = divmod(index, columns)
+        left, bottom = column * (size + GAP), row * (size + GAP + header) + header
+        axes.text(left + size / 2, bottom - size / 32, title, fontsize=8, ha="center", va="bottom")
     figure.savefig(path, format="png")
+
+
+def create_sheet(rows: Sequence[np.ndarray], size: int, columns: int, header: int = 0) -> np.ndarray:
+    """Return rows of images as one image: on many axes instead, drawing takes seconds.
+
+    Args:
+        rows: Images of each row, uint8 (N, size, size, 3) with N of at most `columns`.
+        size: Height and width of the images.
+        columns: Images per row.
+        header: White pixels above each image.
+
+    Returns:
+        uint8 (H, W, 3), white between the images.
+    """
+    height, width = size + GAP + header, size + GAP
+    sheet = np.full((len(rows) * height, columns * width, 3), 255, np.uint8)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            top, left = row * height + header, column * width
+            sheet[top : top + size, left : left + size] = image
+    return sheet
+
+
+def _show_sheet(figure: Figure, sheet: np.ndarray) -> Axes:
+    axes = figure.add_subplot()
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return axes
 
 
 def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> None:
@@ -80,18 +115,11 @@ def plot_class_samples(samples: Sequence[tuple[str, np.ndarray]], path: Path) ->
         path: PNG file.
     """
     shown = samples[:MAX_SHEET_CLASSES]
-    columns, cell = max(len(images) for _, images in shown), shown[0][1].shape[1] + GAP
-    sheet = np.full((len(shown) * cell, columns * cell, 3), 255, np.uint8)
-    for row, (_, images) in enumerate(shown):
-        for column, image in enumerate(images):
-            top, left = row * cell, column * cell
-            sheet[top : top + cell - GAP, left : left + cell - GAP] = image
+    rows, size = [images for _, images in shown], shown[0][1].shape[1]
+    columns = max(map(len, rows))
     figure = create_figure((0.75 * columns + 2.5, 0.75 * len(shown) + 0.8))
+    axes = _show_sheet(figure, create_sheet(rows, size, columns))
     omitted = f" (the first {len(shown)} of {len(samples)} classes)" if len(shown) < len(samples) else ""
-    axes = figure.add_subplot(title=f"Samples of each class{omitted}")
-    axes.imshow(sheet, interpolation="nearest")
-    axes.set_yticks([(row + 0.5) * cell for row in range(len(shown))], [label for label, _ in shown])
-    axes.set_xticks([])
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    axes.set_title(f"Samples of each class{omitted}")
+    axes.set_yticks([(row + 0.5) * (size + GAP) for row in range(len(shown))], [label for label, _ in shown])
     figure.savefig(path, format="png")

@@ -154,7 +154,7 @@ def attach_loggers(trainer: Engine, record: RunRecord, logs: Path, figures_every
         logger.info(timing.format(engine.state.max_epochs or 0))
         warn_once("metrics.csv", lambda: write_history(record.history, logs / "metrics.csv"))
         warn_once("TensorBoard events", lambda: tensorboard.write(record.history))
-        if record.epoch % figures_every == 0:
+        if record.epoch % figures_every == 0 and record.epoch < (engine.state.max_epochs or 0):
             warn_once("figures", plot)
 
     trainer.add_event_handler(Events.STARTED, timing.start)
