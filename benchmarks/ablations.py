@@ -4,23 +4,18 @@
         --change optimizer.nesterov=false --change train.ema_decay=null --change "optimizer.lr=0.3 data.batch_size=256"
 
 The test set is never read. The figure is the validation accuracy after the last epoch. Seeds are the outer loop, so
-that an interrupted benchmark has compared all changes on fewer seeds. FILE.json is rewritten after each run. On a CPU,
-one concurrent run per core (`--jobs`) is faster than one run on all cores.
+that an interrupted benchmark has compared all changes on fewer seeds. FILE.json is rewritten after each run. `--jobs`
+runs several at once: one per core of a CPU, or about ten on a GPU with as many cores.
 """
 
 import argparse
-import logging
-import multiprocessing
-import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
-import torch
 
+from benchmarks.concurrent_runs import map_runs
 from benchmarks.options import create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
@@ -41,24 +36,6 @@ def last_val_acc(config: Config) -> float:
         print(f"diverged: {error}")
         return CHANCE_ACCURACY
     return float(result.history["val_acc"].iloc[-1])
-
-
-def run_all(configs: Sequence[Config], jobs: int) -> Iterator[float]:
-    """Yield the last validation accuracy of each configuration, in order; `jobs` concurrent runs share the cores."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
-    with ProcessPoolExecutor(jobs, spawn, initializer=initialize_worker, initargs=(threads,)) as pool:
-        try:
-            yield from pool.map(last_val_acc, configs)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def initialize_worker(threads: int) -> None:
-    """Set up logging and threads of a training process."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("cifar_ignite").setLevel(logging.WARNING)
-    torch.set_num_threads(threads)
 
 
 def load_configs(options: argparse.Namespace) -> dict[tuple[int, str], Config]:
@@ -90,7 +67,8 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, list[float]]:
         "overrides": options.overrides,
         "validation_accuracy": accuracies,
     }
-    for (seed, change), accuracy in zip(configs, run_all(list(configs.values()), options.jobs), strict=True):
+    results = map_runs(last_val_acc, list(configs.values()), options.jobs)
+    for (seed, change), accuracy in zip(configs, results, strict=True):
         accuracies[change].append(accuracy)
         print(f"seed {seed}: {100 * accuracy:.2f}%  {change}", flush=True)
         write_json(out, result)

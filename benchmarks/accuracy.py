@@ -5,7 +5,8 @@
 Each seed trains on all 50,000 images without any selection, and its last weights (the EMA, if the recipe has one) are
 evaluated on the test set once, plain and with test-time augmentation. The time to reach an accuracy is measured in one
 more run, with validation images held out. Times are those of training iterations: start-up, evaluation and saving are
-excluded, compilation is reported separately. The runs stay in the output directory; FILE.json is rewritten after each.
+excluded, compilation is reported separately. With `--jobs`, seeds are trained at once, and their times are not those of
+a run alone. The runs stay in the output directory; FILE.json is rewritten after each.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.concurrent_runs import map_runs
 from benchmarks.options import create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
@@ -65,8 +67,15 @@ def configure_run(recipe: Config, seed: int, val_size: int | None) -> Config:
     return recipe.model_copy(update={"seed": seed, "experiment": name, "data": data})
 
 
-def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path) -> dict[str, Any]:
+def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path, jobs: int = 1) -> dict[str, Any]:
     """Run all seeds, then the run with validation; write the result to {out}.json after each, and return it.
+
+    Args:
+        recipe: Configuration of the first seed.
+        num_seeds: Number of seeds.
+        with_curve: Whether there is a run with validation.
+        out: Path of the output files, without suffix.
+        jobs: Number of seeds that are trained at once.
 
     Raises:
         InputError: If the configuration or the dataset is invalid.
@@ -79,10 +88,12 @@ def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path) -> dict
         "title": f"{recipe.experiment}, {recipe.train.epochs} epochs, {precision}, {device_name(device)}",
         "environment": describe_environment(device, recipe.precision),
         "config": recipe.model_dump(mode="json"),
+        "jobs": jobs,
         "seeds": seeds,
     }
-    for seed in range(recipe.seed, recipe.seed + num_seeds):
-        seeds.append(evaluate_seed(configure_run(recipe, seed, val_size=0)))
+    configs = [configure_run(recipe, seed, val_size=0) for seed in range(recipe.seed, recipe.seed + num_seeds)]
+    for figures in map(evaluate_seed, configs) if jobs == 1 else map_runs(evaluate_seed, configs, jobs):
+        seeds.append(figures)
         result["summary"] = summarize(seeds)
         write_json(out, result)
     if with_curve:
@@ -124,6 +135,8 @@ def summarize(seeds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def format_result(result: dict[str, Any], val_size: int | None) -> str:
     """Return the result as text: a table of the seeds, the times to an accuracy, and a row for the results page."""
     lines = [f"{result['title']}: all training images, last weights, the test set evaluated once per seed"]
+    if result["jobs"] > 1:
+        lines.append(f"up to {result['jobs']} seeds at once: the times are not those of a run alone")
     lines.append(pd.DataFrame(result["seeds"]).to_string(index=False, float_format="{:.4f}".format))
     if "time_to_accuracy" in result:
         held_out = "a tenth of the images" if val_size is None else f"{val_size} images"
@@ -161,6 +174,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, default=5, help="number of seeds, from the recipe's (default: %(default)s)"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs of seeds (default: %(default)s)")
     parser.add_argument("--no-curve", action="store_true", help="skip the run that measures the time to an accuracy")
     return parser.parse_args()
 
@@ -170,11 +184,12 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ignite").setLevel(logging.ERROR)
     with exit_on_error("accuracy"):
-        if options.seeds < 1:
-            raise InputError(f"--seeds {options.seeds}: use at least 1")
+        for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
+            if value < 1:
+                raise InputError(f"--{name} {value}: use at least 1")
         recipe = load_config(options.config, options.overrides)
         out = create_out(options.out, "accuracy")
-        result = measure(recipe, options.seeds, not options.no_curve, out)
+        result = measure(recipe, options.seeds, not options.no_curve, out, options.jobs)
     print(f"\n{format_result(result, curve_val_size(recipe))}\n\nwritten: {out.with_name(f'{out.name}.json')}")
     return 0
 

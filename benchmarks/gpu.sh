@@ -11,10 +11,11 @@
 # Variables: PYTHON (python3); LIMIT, seconds in total (570); RUNS and MORE_RUNS, "recipe:seeds" before and after the
 # throughputs (RUNS with one more run each, for the time to an accuracy); CASES, "batch:compile" of the throughputs;
 # BENCH, seconds per case (15); KILLS, interrupted runs (1); RATE, images per second that the estimate assumes (20000: an
-# H100 trained 24,000 compiled, 10,000 not; its host was the limit, so several runs at once take little longer);
-# IMAGES (50000); ITERATIONS per round (20); EPOCHS (the recipe's own); SET, more overrides, separated by spaces; UNPACK,
-# a command that writes cifar-10-batches-py to the directory appended to it (DATA is then that directory).
-# With two calls: RUNS=se_fast:4 CASES= MORE_RUNS= first, then RUNS= CASES="128:off 128:on 512:off 512:on" BENCH=30.
+# H100 trained 24,000 compiled, 10,000 not); JOBS, seeds trained at once (1; ten at once took four times as long as one
+# on an H100, so the estimate is too high, and their times are not those of a run alone); IMAGES (50000); ITERATIONS per
+# round (20); EPOCHS (the recipe's own); SET, more overrides, separated by spaces; UNPACK, a command that writes
+# cifar-10-batches-py to the directory appended to it (DATA is then that directory).
+# With two calls: RUNS=se_fast:5 JOBS=5 CASES= MORE_RUNS= first, then RUNS= CASES="128:off 128:on 512:off 512:on" BENCH=30.
 # A failing step is reported and the next one starts, but nothing runs without a working installation. The exit status
 # is 1 if any step failed.
 set -uo pipefail
@@ -22,7 +23,7 @@ out=$(mkdir -p "${1:?OUT DATA}" && cd "$1" && pwd) || exit 2
 data=$(realpath -m "${2:?OUT DATA}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} limit=${LIMIT:-570} bench=${BENCH:-15} kills=${KILLS:-1} failed=0 mode=plan planned=0
-runs=${RUNS-se_fast:1} more_runs=${MORE_RUNS-stochastic_fast:1} cases=${CASES-128:off 128:on}
+jobs=${JOBS:-1} runs=${RUNS-se_fast:1} more_runs=${MORE_RUNS-stochastic_fast:1} cases=${CASES-128:off 128:on}
 overrides=()
 for item in ${SET:-}; do overrides+=(--set "$item"); done
 
@@ -52,7 +53,7 @@ measure_accuracy() { # RECIPE:SEEDS [--no-curve]: the seeds, and one run with va
 from cifar_ignite.config_io import load_config
 print(load_config(Path('configs/$recipe.json')).train.epochs)")} || { failed=1; return; }
 	run_step "accuracy_$recipe" "$(((seeds + 2 - $#) * (epochs * 50000 / ${RATE:-20000} + 30)))" \
-		"$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" "${@:2}" \
+		"$python" -m benchmarks.accuracy --config "configs/$recipe.json" --seeds "$seeds" --jobs "$jobs" "${@:2}" \
 		--out "$out/accuracy_$recipe" ${EPOCHS:+--set "train.epochs=$EPOCHS"} --set "data.root=$data" \
 		--set "output_dir=$out/.runs" "${overrides[@]}"
 }

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks import accuracy
 from benchmarks.accuracy import configure_run, curve_val_size, measure, time_to_accuracy
 from cifar_ignite.config import Config
 from cifar_ignite.training.environment import format_commit
@@ -43,9 +44,25 @@ def test_accuracy_evaluates_last_weights_of_each_seed(tmp_path, tiny_file):
 
 def test_measure_without_curve_has_no_time_to_accuracy(tmp_path, tiny_config):
     result = measure(tiny_config(train={"epochs": 1}), 1, False, tmp_path / "accuracy")
+    assert result["jobs"] == 1
     assert "time_to_accuracy" not in result
     assert json.loads((tmp_path / "accuracy.json").read_text())["summary"].keys() == result["summary"].keys()
     assert result["summary"]["accuracy"]["sd"] == 0
+
+
+def test_measure_trains_seeds_at_once(tmp_path, tiny_config, monkeypatch):
+    """The processes themselves are tested with the ablations."""
+    calls = []
+
+    def map_in_this_process(run, configs, jobs):
+        calls.append(([config.seed for config in configs], jobs))
+        return map(run, configs)
+
+    monkeypatch.setattr(accuracy, "map_runs", map_in_this_process)
+    result = measure(tiny_config(train={"epochs": 1}), 2, False, tmp_path / "accuracy", jobs=2)
+    assert calls == [([0, 1], 2)]
+    assert (result["jobs"], [row["seed"] for row in result["seeds"]]) == (2, [0, 1])
+    assert "up to 2 seeds at once" in accuracy.format_result(result, None)
 
 
 def test_time_to_accuracy_is_that_of_the_first_epoch_that_reaches_it():
