@@ -6,7 +6,11 @@
 
 # Only the command line sets these variables: shells and containers export such names for other programs.
 variables := MODEL RECIPE DATA DATA_DIR OUTPUT_DIR SET SEED EPOCHS RESUME NPROC CHECKPOINT TEST_FILE TTA IMAGES $\
-	OUT SEEDS TORCH_INDEX
+	OUT SEEDS JOBS TORCH_INDEX
+unknown := $(filter-out $(variables) PYTHON,$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+ifneq ($(unknown),)
+$(error $(unknown): no such variable; known are $(variables) PYTHON)
+endif
 exported := $(strip $(foreach name,$(variables),$(if $(value $(name)),$(if $(filter environment,$(origin $(name))),$(name)))))
 ifneq ($(exported),)
 example := make $(MAKECMDGOALS) $(foreach name,$(exported),$(name)=...)
@@ -91,8 +95,8 @@ docs: $(environment) ## Generate docs/configuration.md and configs/schema.json, 
 bench: $(environment) ## Measure images per second against a bare training step and a tutorial loop: MODEL= RECIPE= OUT=file
 	$(run) -m benchmarks.throughput --config '$(call escape,$(recipe))'$(overrides)$(call option,OUT,out)
 
-accuracy: $(environment) ## Measure test accuracy over seeds, all training images: MODEL=se RECIPE=fast SEEDS=5 EPOCHS= OUT=file
-	$(run) -m benchmarks.accuracy --config '$(call escape,$(recipe))'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,SEEDS,seeds)$(call option,OUT,out)
+accuracy: $(environment) ## Measure test accuracy over seeds, all training images: MODEL=se RECIPE=fast SEEDS=5 JOBS=1 EPOCHS= OUT=file
+	$(run) -m benchmarks.accuracy --config '$(call escape,$(recipe))'$(experiment)$(call set,EPOCHS,train.epochs)$(call set,SEED,seed)$(overrides)$(call option,SEEDS,seeds)$(call option,JOBS,jobs)$(call option,OUT,out)
 
 test: $(environment) ## Run the tests
 	@$(run) -c 'import pytest' || { echo "the developer tools are missing: $(run) -m pip install -e '.[dev]'" >&2; exit 2; }

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.concurrent_runs import map_runs
-from benchmarks.options import create_out, create_parser, exit_on_error, write_json
+from benchmarks.options import check_counts, create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
 from cifar_ignite.errors import NonFiniteError
@@ -101,6 +101,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     options = parse_options()
     with exit_on_error("ablations"):
+        check_counts(seeds=options.seeds, jobs=options.jobs)
         out = create_out(options.out, "ablations")
         accuracies = measure(options, out)
     print(change_table(accuracies).to_string(index=False, float_format="{:.2f}".format))

@@ -20,10 +20,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.concurrent_runs import map_runs
-from benchmarks.options import create_out, create_parser, exit_on_error, write_json
+from benchmarks.options import check_counts, create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
-from cifar_ignite.errors import InputError
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train
 from cifar_ignite.training.device import precision_name, select_device
@@ -184,9 +183,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ignite").setLevel(logging.ERROR)
     with exit_on_error("accuracy"):
-        for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
-            if value < 1:
-                raise InputError(f"--{name} {value}: use at least 1")
+        check_counts(seeds=options.seeds, jobs=options.jobs)
         recipe = load_config(options.config, options.overrides)
         out = create_out(options.out, "accuracy")
         result = measure(recipe, options.seeds, not options.no_curve, out, options.jobs)

@@ -36,7 +36,8 @@ def map_runs(run: Callable[[Config], Result], configs: Sequence[Config], jobs: i
 
 
 def _initialize_worker(threads: int) -> None:
-    """Set up logging and threads of a training process."""
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("cifar_ignite").setLevel(logging.WARNING)
+    """Print only the warnings of a training process, whose training.log has all lines, and set its threads."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", handlers=[console])
     torch.set_num_threads(threads)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.faults --runs 200
 
-Each run trains a tiny model on synthetic data in a process of its own, which receives SIGKILL, SIGTERM or SIGINT one to
-four times: at a random moment, or while a checkpoint is being written. Then it is resumed to its end; its weights, EMA,
+Each run trains a tiny model on synthetic data in a process of its own, which receives SIGKILL, SIGTERM or SIGINT up to
+five times: at a random moment, or while a checkpoint is being written. Then it is resumed to its end; its weights, EMA,
 momentum buffers, counters, metrics and best model must equal those of the uninterrupted run. --config and --set test
 any other training. With --processes 2, each run has two ranks, one of which receives the signal; both must exit.
 Requires Linux or macOS: processes are forked.
@@ -110,7 +110,7 @@ class Reference:
 def train_with_interruptions(
     training: Training, output_dir: Path, rng: random.Random, max_delay: float
 ) -> tuple[list[str], Path]:
-    """Train to the end with one to four interruptions, if their signals come in time.
+    """Train to the end with two to five interruptions, if their signals come in time.
 
     Args:
         training: Train command.

@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,10 @@ def first_line(docstring: str | None) -> str:
 
 @contextlib.contextmanager
 def exit_on_error(name: str) -> Iterator[None]:
-    """Print an error as one line on stderr, "name: message", and exit with its status; 2 if a file cannot be used."""
+    """Print an error as one line on stderr, "name: message", and exit with its status.
+
+    It is 2 if a file cannot be used, 1 if a process of the benchmark failed, and 130 after SIGINT.
+    """
     try:
         yield
     except OSError as error:
@@ -56,6 +61,19 @@ def exit_on_error(name: str) -> Iterator[None]:
     except (InputError, TrainingError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except (BrokenExecutor, subprocess.CalledProcessError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise an `InputError` if the value of an option is less than 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"--{name} {count}: use at least 1")
 
 
 def create_out(out: Path | None, name: str) -> Path:

@@ -48,7 +48,7 @@ class DataConfig(Section):
     root: Annotated[Directory, Resume.SAFE] = Path("data")
     """directory of the dataset: it contains the official files of CIFAR or their archive, or they are downloaded to it;
     for `folder`, it contains `train`"""
-    image_size: int = Field(32, ge=8, le=1024)
+    image_size: int = Field(32, ge=9, le=1024)  # at 8, BatchNorm of the last stage would get one value per image
     """side of the images in pixels; `folder` resizes the center square of each image to it"""
     batch_size: Count = 128
     """images per batch, over all processes"""

@@ -47,8 +47,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, AfterValidator(check_portable_name)]
 # With forward slashes in JSON, which Windows accepts too, so that a run can be moved.
 Directory = Annotated[Path, AfterValidator(_expand_user), PlainSerializer(Path.as_posix, when_used="json")]
-Channels = tuple[float, float, float]
-PositiveChannels = tuple[Positive, Positive, Positive]
+PixelValue = Annotated[float, Field(ge=0, le=1)]
+PositivePixelValue = Annotated[float, Field(gt=0, le=1)]
+Channels = tuple[PixelValue, PixelValue, PixelValue]
+PositiveChannels = tuple[PositivePixelValue, PositivePixelValue, PositivePixelValue]
 
 
 class Section(BaseModel):

@@ -43,8 +43,11 @@ class TrainingInterrupted(TrainingError):
     """
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+        super().__init__(message, status)  # all arguments, with which it is unpickled in another process
         self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -59,7 +60,8 @@ def is_directory(path: Path) -> bool:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` that replaces it at the end and is deleted on an error."""
-    temp_path = path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+    # The process id alone is not unique: containers that share a directory count from 1.
+    temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}{TEMP_SUFFIX}")
     try:
         yield temp_path
         replace(temp_path, path)

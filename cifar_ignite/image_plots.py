@@ -12,6 +12,7 @@ from cifar_ignite.plots import create_figure, default_style
 
 MAX_SHEET_CLASSES = 100
 GAP = 2  # white pixels between the images of a sheet
+MAX_TITLE_ID = 10  # characters
 TITLE_HEIGHT = 0.28  # of two lines above an image, as a fraction of its height
 
 
@@ -36,7 +37,8 @@ def plot_image_grid(images: np.ndarray, titles: Sequence[str], heading: str, pat
     for index, title in enumerate(titles):
         row, column = divmod(index, columns)
         left, bottom = column * (size + GAP), row * (size + GAP + header) + header
-        axes.text(left + size / 2, bottom - size / 32, title, fontsize=8, ha="center", va="bottom")
+        text = axes.text(left + size / 2, bottom - size / 32, title, fontsize=8, ha="center", va="bottom")
+        text.set_in_layout(False)  # a long title would shrink the images
     figure.savefig(path, format="png")
 
 
@@ -79,10 +81,15 @@ def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> 
         path: PNG file.
     """
     titles = [
-        f"pred {error['predicted']} ({error['confidence']:.1%})\ntrue {error['true']}, ID {error['ID']}"
+        f"pred {error['predicted']} ({error['confidence']:.1%})\ntrue {error['true']}, ID {shorten(str(error['ID']))}"
         for error in errors.to_dict("records")
     ]
     plot_image_grid(images, titles, "Most confident errors" if len(errors) else "No errors", path)
+
+
+def shorten(text: str) -> str:
+    """Return the end of a text that would not fit above an image: that of a path distinguishes it."""
+    return text if len(text) <= MAX_TITLE_ID else f"…{text[1 - MAX_TITLE_ID :]}"
 
 
 def plot_train_batch(images: np.ndarray, targets: np.ndarray, class_names: Sequence[str], path: Path) -> None:

@@ -179,9 +179,8 @@ def _train(
                 attach(state)
             started = time.monotonic()
             run_training(state, checkpoints, resume, flag, context.cpu_group)
-            promoted = state.best.promote()
             log_summary(record, state.best.path, run_dir / "logs", time.monotonic() - started)
-            logger.info("best model  %s", promoted)
+            logger.info("best model  %s", state.best.promote())
             best_model = broadcast_from_rank0(lambda: str(run_best_model(run_dir) or ""))
     return TrainResult(run_dir, Path(best_model) if best_model else None, history_table(record.history))
 

@@ -54,6 +54,8 @@ def test_load_config_ignores_byte_order_mark(tmp_path):
         ("zzz=1", "unknown key zzz: known: augment, compile, data, device"),
         ("data.synthetic.sed=1", "unknown key data.synthetic.sed: did you mean seed?"),
         ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, got -1"),
+        ("augment.mean=[125.3,123,113.9]", "augment.mean.0: Input should be less than or equal to 1"),
+        ("augment.std=[63,62,66]", "augment.std.0: Input should be less than or equal to 1"),
         ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number, got 'fast'"),
         ("optimizer.lr=NaN", "optimizer.lr: Input should be a finite number"),
         ("data.batch_size=1.5", "data.batch_size: Input should be a valid integer"),

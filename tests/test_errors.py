@@ -1,5 +1,7 @@
 """Exit statuses, and the translation of out-of-memory errors."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -71,6 +73,12 @@ def test_translate_missing_operators_names_operator_and_fix_in_one_line():
 def test_translate_missing_operators_lets_other_errors_through():
     with pytest.raises(NotImplementedError, match="^abstract$"), translate_missing_operators():
         raise NotImplementedError("abstract")
+
+
+def test_training_interrupted_survives_pickling():
+    """As in a benchmark whose runs are processes."""
+    error = pickle.loads(pickle.dumps(TrainingInterrupted("stopped by SIGINT", 130)))
+    assert (str(error), error.status) == ("stopped by SIGINT", 130)
 
 
 def test_first_line_skips_empty_lines():

@@ -67,6 +67,16 @@ def test_atomic_write_replaces_file_at_the_end(tmp_path):
     assert names_in(tmp_path) == ["file"]
 
 
+def test_atomic_writes_of_one_path_at_once_do_not_mix(tmp_path):
+    """As in two containers that share a directory, whose process ids are equal."""
+    path = tmp_path / "x"
+    with files.atomic_write(path) as first, files.atomic_write(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    assert [child.name for child in tmp_path.iterdir()] == ["x"]
+
+
 def test_failed_atomic_write_keeps_previous_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_text("previous")

@@ -184,7 +184,7 @@ def test_data_command_of_other_datasets(command, cifar_root, tmp_path):
         (["data.root=nowhere"], "nowhere: no directory train (nowhere does not exist)"),
         (["augment.crop_padding=48"], "augment.crop_padding: 48 pixels must be less than data.image_size (48)"),
         (["augment.cutout_size=49"], "augment.cutout_size: 49 pixels must be at most data.image_size (48)"),
-        (["data.image_size=4"], "data.image_size: Input should be greater than or equal to 8"),
+        (["data.image_size=4"], "data.image_size: Input should be greater than or equal to 9"),
         (["data.val_size=58"], "data.val_size: 58 of 60 images leave too few"),
         (["data.dataset=cifar10", "data.image_size=48"], "contains no CIFAR-10"),
     ],
@@ -203,6 +203,10 @@ def empty_class(photos):
     (photos / "train" / "bird").mkdir()
 
 
+def loose_image(photos):
+    shutil.copy(photos / "train" / "cat" / "000.jpg", photos / "train" / "loose.jpg")
+
+
 def single_class(photos):
     for name in ("dog", "fish"):
         shutil.rmtree(photos / "train" / name)
@@ -216,6 +220,7 @@ def unreadable_file(photos):
     ("change", "message"),
     [
         (empty_class, "train/bird: no images in this directory or below; every class directory must contain images"),
+        (loose_image, "photos/train: loose.jpg beside the class directories"),
         (single_class, "data.dataset: folder has one class only (cat); training requires at least two"),
         (unreadable_file, "photos/train: 1 of 60 files are unreadable, such as 000.jpg ("),
     ],

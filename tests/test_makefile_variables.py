@@ -59,6 +59,13 @@ def test_variable_of_command_line_is_used_although_the_environment_has_it():
     assert "exported" not in done.stderr
 
 
+def test_unknown_variable_is_refused():
+    done = make("-n", "train", "MODLE=hybrid", "EPOCH=5")
+    assert done.returncode == 2
+    assert "EPOCH MODLE: no such variable" in done.stderr
+    assert done.stdout == ""
+
+
 def test_make_docs_does_not_depend_on_encoding_and_optimization():
     out = make("-n", "docs").stdout
     assert out.count("PYTHONIOENCODING=utf-8 PYTHONOPTIMIZE= ") == 2

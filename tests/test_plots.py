@@ -54,6 +54,15 @@ def test_plot_confusion_matrix_grows_with_the_number_of_classes(tmp_path):
     assert widths[3] > 100 * 20  # pixels per class: enough for three digits
 
 
+def test_plot_misclassified_with_long_names_keeps_the_size_of_the_images(tmp_path):
+    images = np.full((30, 16, 16, 3), 99, np.uint8)
+    for name, text in (("short", "a"), ("long", "an_unusually_long_name/" * 5)):
+        rows = [{"ID": f"{text}{index}", "true": text, "predicted": text, "confidence": 0.5} for index in range(30)]
+        plot_misclassified(pd.DataFrame(rows), images, tmp_path / f"{name}.png")
+    gray = [(np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) == 99).sum() for name in ("short", "long")]
+    assert gray[1] == pytest.approx(gray[0], rel=0.1)
+
+
 def test_plot_train_batch_names_both_labels_of_mixed_images(tmp_path):
     assert format_target(np.array([0, 1.0, 0]), "abc") == "b"
     assert format_target(np.array([0.3, 0, 0.7]), "abc") == "c 70%\na 30%"

@@ -13,7 +13,7 @@ from cifar_ignite.checkpointing.io import copy_checkpoint, load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.checkpointing.savers import FaultTolerantSaver, create_model_checkpoint
 from cifar_ignite.config_io import flatten_dict
-from cifar_ignite.errors import InputError
+from cifar_ignite.errors import InputError, TrainingError
 from cifar_ignite.files import check_listable, list_files
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class BestModelSaver:
         if is_last:
             self.saver.disallow_failures()
         if self.is_selected or is_last:
-            self.saver(self._checkpoint, engine, self.to_save, on_saved=self.promote)
+            self.saver(self._checkpoint, engine, self.to_save, on_saved=self.try_promote)
 
     @property
     def path(self) -> Path:
@@ -79,13 +79,28 @@ class BestModelSaver:
             self._checkpoint.reset()
 
     def promote(self) -> str:
-        """Copy the run's best model to `target` on rank 0; return a line about what `target` now contains."""
+        """Copy the run's best model to `target` on rank 0; return a line about what `target` now contains.
+
+        Raises:
+            TrainingError: If `target` cannot be written.
+        """
         if idist.get_rank() != 0:
             return ""
         try:
             return promote_best_model(self.path, self.target)
         except InputError as error:  # the run's own file was deleted
             return f"not updated: {error}"
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {self.target} ({' '.join(str(error).split())}); this run's best model is {self.path}"
+            ) from None
+
+    def try_promote(self) -> None:
+        """Promote the model of a run that continues: a failure is a warning, since the run's own file is complete."""
+        try:
+            self.promote()
+        except TrainingError as error:
+            logger.warning("%s; training continues", error)
 
 
 def best_model_path(output_dir: Path, experiment: str, *, selected: bool) -> Path:

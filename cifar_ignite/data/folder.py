@@ -86,6 +86,11 @@ def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFil
 
 def _list_class_directories(directory: Path, names: list[str], class_names: tuple[str, ...]) -> ImageFiles:
     _check_known(directory, names, class_names)
+    if loose := [name for name in _list_names(directory) if name not in names]:
+        raise InputError(
+            f"{directory}: {_enumerate([printable(name) for name in loose])} beside the class directories; move each "
+            "file into the directory of its class, or out of this one"
+        )
     keyed = []
     for name in names:
         try:

@@ -30,6 +30,11 @@ def check_interval(iterations: int) -> int:
     return 1 if idist.get_world_size() == 1 else iterations
 
 
+def is_single_process() -> bool:
+    """Return whether no other process takes part in the training."""
+    return idist.get_world_size() == 1
+
+
 def broadcast_from_rank0(create: Callable[[], str]) -> str:
     """Call `create` on rank 0 and return its result on all ranks."""
     text = create() if idist.get_rank() == 0 else None

@@ -106,6 +106,7 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         is_large=len(record.class_names) > MANY_CLASSES,
         per_class=format_per_class_table(evaluation.result.per_class),
         figures=write_figures(evaluation, directory),
+        command=evaluation.environment["command"],
         tta=evaluation.tta,
         environment=environment_table({**training_environments(record), "evaluation": evaluation.environment}),
         changed_keys=diff_from_defaults(record.config),

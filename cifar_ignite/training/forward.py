@@ -3,8 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
-import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cifar_ignite.augment.elementwise import memory_format
 from cifar_ignite.config import Config
 from cifar_ignite.data.loaders import TrainLoader, shard_slice
-from cifar_ignite.distributed.collectives import unchanged_model
+from cifar_ignite.distributed.collectives import is_single_process, unchanged_model
 from cifar_ignite.errors import TrainingError, first_line
 
 Forward = Callable[[Tensor], Tensor]
@@ -35,6 +35,9 @@ def create_forward(
         amp_dtype: Dtype of convolutions and matrix products; float32 disables autocast.
         compiled_batch: Size of the batches that go through torch.compile; all others, such as the smaller last batch of
             an epoch, run eagerly. 0 compiles nothing.
+
+    Raises:
+        TrainingError: If torch.compile does not support this version of Python.
     """
     compiled = _compile_model(model, device) if compiled_batch else model
 
@@ -76,7 +79,7 @@ def should_compile(config: Config, device: torch.device, iterations: int) -> boo
     """
     if config.train.drop_path_decay_fraction or config.train.sync_batch_norm or config.compile == "off":
         return False
-    is_measured = device.type == "cpu" or (device.type == "cuda" and idist.get_world_size() == 1)
+    is_measured = device.type == "cpu" or (device.type == "cuda" and is_single_process())
     return config.compile == "on" or (is_measured and iterations >= MIN_COMPILED_ITERATIONS)
 
 
@@ -93,9 +96,9 @@ def create_training_forward(config: Config, model: nn.Module, loader: TrainLoade
         return eager
     rows = shard_slice(loader.batch_size, loader.shard)
     size = rows.stop - rows.start
-    compiled = create_forward(model, device, amp_dtype, compiled_batch=size)
     images = zero_images(loader, size)
     try:
+        compiled = create_forward(model, device, amp_dtype, compiled_batch=size)
         logger.info("compiled in %.0f s", warmup_compiled_forward(model, compiled, images))
     except TrainingError as error:
         if config.compile == "on":
@@ -116,10 +119,16 @@ def _compile_model(model: nn.Module, device: torch.device) -> Forward:
 
     Inductor may choose the order of sums by measurement, differently in each process, unless it is deterministic.
     """
-    # Not in place (nn.Module.compile): the model stays eager for other batch sizes and for its state dict.
-    if device.type != "cuda":
-        return torch.compile(model, dynamic=False)
-    graph = torch.compile(model, dynamic=False, options={"triton.cudagraphs": True, "deterministic": True})
+    options: dict[str, Any] | None = (
+        {"triton.cudagraphs": True, "deterministic": True} if device.type == "cuda" else None
+    )
+    try:
+        # Not in place (nn.Module.compile): the model stays eager for other batch sizes and for its state dict.
+        graph = torch.compile(model, dynamic=False, options=options)
+    except RuntimeError as error:  # this version of Python is not supported
+        raise _compile_error(error) from None
+    if options is None:
+        return graph
 
     def replay(images: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -146,5 +155,9 @@ def warmup_compiled_forward(model: nn.Module, forward: Forward, images: Tensor) 
                 model.zero_grad()  # gradients of a pass lie in memory that the next pass overwrites
                 forward(images).sum().backward()
     except Exception as error:  # the compilers, of torch and of the system, raise nearly anything
-        raise TrainingError(f"torch.compile failed ({first_line(error)}); use compile=off") from None
+        raise _compile_error(error) from None
     return time.monotonic() - started
+
+
+def _compile_error(error: Exception) -> TrainingError:
+    return TrainingError(f"torch.compile failed ({first_line(error)}); use compile=off")

@@ -154,12 +154,19 @@ def attach_loggers(trainer: Engine, record: RunRecord, logs: Path, figures_every
         logger.info(timing.format(engine.state.max_epochs or 0))
         warn_once("metrics.csv", lambda: write_history(record.history, logs / "metrics.csv"))
         warn_once("TensorBoard events", lambda: tensorboard.write(record.history))
-        if record.epoch % figures_every == 0 and record.epoch < (engine.state.max_epochs or 0):
+        if is_drawn(engine):
+            warn_once("figures", plot)
+
+    def is_drawn(engine: Engine) -> bool:  # before the checkpoint of the epoch
+        return record.epoch % figures_every == 0 or record.epoch == engine.state.max_epochs
+
+    def draw_last_epoch(engine: Engine) -> None:
+        if not is_drawn(engine):
             warn_once("figures", plot)
 
     trainer.add_event_handler(Events.STARTED, timing.start)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, log)
-    trainer.add_event_handler(Events.COMPLETED, lambda: warn_once("figures", plot))
+    trainer.add_event_handler(Events.COMPLETED, draw_last_epoch)
     return lambda: warn_once("TensorBoard events", tensorboard.close)
 
 

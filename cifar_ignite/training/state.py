@@ -150,7 +150,7 @@ class TrainingState:
             return
         try:
             temperatures = add_tta_temperatures(self.best.path, self.eval_model, self.val_loader, self.amp_dtype)
-            self.best.promote()
+            self.best.try_promote()
             logger.info("temperature %s", format_temperatures(temperatures))
         except (InputError, OSError, RuntimeError) as error:
             logger.warning("no temperatures with test-time augmentation (%s)", first_line(error))

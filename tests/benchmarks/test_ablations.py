@@ -26,6 +26,9 @@ def test_ablations_compare_changes_by_seed_without_reading_the_test_set(tmp_path
     assert all(len(values) == 2 for values in accuracies.values())
     runs = [json.loads(path.read_text()) for path in (tmp_path / "outputs" / "training_runs").glob("*/config.json")]
     trained = Counter((run["seed"], run["optimizer"]["lr"], run["model"]["dropout"]) for run in runs)
+    logs = list((tmp_path / "outputs" / "training_runs").glob("*/logs/training.log"))
+    assert len(logs) == 6
+    assert all("epoch 2/2" in log.read_text() for log in logs)
     settings = ((0.05, None), (0.2, None), (0.05, 0.0))
     assert trained == {(seed, *setting): 1 for seed in (0, 1) for setting in settings}
     difference = 100 * (np.mean(accuracies[changes[0]]) - np.mean(accuracies[UNCHANGED]))

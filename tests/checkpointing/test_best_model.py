@@ -105,15 +105,18 @@ def test_failed_best_model_of_last_epoch_ends_run(tmp_path, monkeypatch):
         run_with_scores([0.5], lambda trainer, record: create_saver(tmp_path, record, max_failures=9).attach(trainer))
 
 
-def test_failed_promotion_is_counted_and_repeated_by_promote(tmp_path, caplog):
-    record = create_record()
-    record.history.clear()
-    saver = create_saver(tmp_path / "run", record, max_failures=1)
+def test_failed_promotion_is_a_warning_and_does_not_change_which_model_is_the_best(tmp_path, caplog):
+    saver = create_saver(tmp_path / "run", RunRecord("run", {}, []), max_failures=0)
     (tmp_path / "best").write_text("a file where a directory is needed")
-    for _ in run_epochs(saver, [0.2]):
+    for _ in run_epochs(saver, [0.3, 0.6, 0.5]):
         pass
-    assert saver.saver.failures == 1
-    assert "cannot write a checkpoint" in caplog.text
+    assert names_in(tmp_path / "run") == [saver.path.name] == ["best_epoch_0002.pth"]
+    assert saver.saver.failures == 0
+    assert caplog.text.count(str(tmp_path / "best" / "x_best.pth")) == 2  # epochs 1 and 2
+    with pytest.raises(TrainingError, match=r"x_best\.pth .*best_epoch_0002\.pth"):
+        saver.promote()
+    (tmp_path / "best").unlink()
+    assert "updated by this run" in saver.promote()
 
 
 @pytest.mark.usefixtures("promoted")

@@ -23,6 +23,11 @@ from tests.training.helpers import CPU, relative_error
 CUDA = torch.device("cuda")
 
 
+def refusing_compile(model, **options):
+    """Stand in for torch.compile with a version of Python that it does not support."""
+    raise RuntimeError("no compiler")
+
+
 def broken_compile(model, **options):
     """Stand in for torch.compile on a machine without a compiler."""
 
@@ -93,9 +98,11 @@ def test_should_compile_is_false_with_incompatible_options(options):
     assert not should_compile(Config(train=TrainConfig(**options)), CPU, 10**6)
 
 
-@pytest.mark.parametrize("mode", ["auto", "on"])
-def test_failing_compiler_ends_run_only_if_compilation_was_requested(command, tiny_file, monkeypatch, mode):
-    monkeypatch.setattr(torch, "compile", broken_compile)
+@pytest.mark.parametrize(
+    ("mode", "compiler"), [("auto", broken_compile), ("auto", refusing_compile), ("on", broken_compile)]
+)
+def test_failing_compiler_ends_run_only_if_compilation_was_requested(command, tiny_file, monkeypatch, mode, compiler):
+    monkeypatch.setattr(torch, "compile", compiler)
     monkeypatch.setattr(forward_module, "MIN_COMPILED_ITERATIONS", 1)
     status, out, err = command("train", "--config", tiny_file, "--set", f"compile={mode}")
     message = "torch.compile failed (no compiler); use compile=off"

@@ -120,6 +120,35 @@ def test_loggers_plot_every_few_epochs_and_at_the_end(tmp_path, monkeypatch):
     assert plotted == [2, 4, 5]
 
 
+def test_curves_include_the_last_epoch_before_its_checkpoint(tmp_path, monkeypatch):
+    """A run that is killed after the last checkpoint is complete: nothing would draw them later."""
+    plotted = []
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, directory: plotted.append(len(history)))
+
+    def fail():
+        raise RuntimeError("killed")
+
+    def attach(trainer, record):
+        attach_loggers(trainer, record, tmp_path, 2)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=3), fail)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run_with_scores([0.1] * 3, attach)
+    assert plotted == [2, 3]
+
+
+def test_loggers_stopped_early_plot_the_last_epoch(tmp_path, monkeypatch):
+    plotted = []
+    monkeypatch.setattr(plots, "plot_training_curves", lambda history, directory: plotted.append(len(history)))
+
+    def attach(trainer, record):
+        attach_loggers(trainer, record, tmp_path, 2)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=3), lambda: trainer.terminate())
+
+    run_with_scores([0.1] * 5, attach)
+    assert plotted == [2, 3]
+
+
 def test_loggers_on_full_disk_warn_once_and_training_continues(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(loggers, "write_history", no_space)
     monkeypatch.setattr(plots, "plot_training_curves", no_space)
