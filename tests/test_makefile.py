@@ -1,5 +1,6 @@
 """The Makefile: thin calls of the command line, whatever is typed."""
 
+import json
 import sys
 
 import pytest
@@ -44,16 +45,28 @@ def test_make_creates_venv_if_python_lacks_the_package(tmp_path):
     assert out.endswith("\n.venv/bin/python -m cifar_ignite compare\n")
 
 
-def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path):
-    output_dir = tmp_path / "it's here"
+@pytest.mark.usefixtures("without_figures")
+def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path, command):
+    """The shell that make starts passes the words to a program that writes them down; they are those of a run."""
+    output_dir, words_file = tmp_path / "it's here", tmp_path / "words.json"
+    write_words = f"import json, sys; json.dump(sys.argv[1:], open({str(words_file)!r}, 'w'))"
     done = make(
-        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}", f"PYTHON='{sys.executable}'",
+        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}",
+        f"run='{sys.executable}' -S -c \"{write_words}\"",
         "SET=data.synthetic.train_size=80 data.val_size=20 model.width=2 train.log_every=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    program, name, *words = json.loads(words_file.read_text())
+    assert [program, name] == ["-m", "cifar_ignite"]
+    assert command(*words)[0] == 0
     (run_dir,) = (output_dir / "training_runs").iterdir()
     config = load_config(run_dir / "config.json")
     assert (config.train.epochs, config.seed, config.model.width) == (1, 4, 2)
+
+
+def test_make_of_the_tests_never_installs():
+    """Neither the environment of the checkout nor another one is created."""
+    assert "venv" not in make("-n", "-B", "train").stdout
 
 
 @pytest.mark.parametrize(

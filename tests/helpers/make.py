@@ -8,7 +8,11 @@ from tests.helpers import REPOSITORY
 
 
 def make(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run make; `make test`, around the tests, would pass on its own variables and have directories printed."""
+    """Run make with `true` as Python, which "has" the package and does nothing: no test can start an installation.
+
+    `make test`, around the tests, would pass on its own variables and have directories printed.
+    """
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=outer | environment, capture_output=True, text=True, check=False)
+    environment = outer | {"PYTHON": "true"} | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
