@@ -22,6 +22,7 @@ from cifar_ignite.evaluation.trained_model import find_best_model
 from tests.helpers import only_run, posix_only
 
 OLD, NEW = 100, 200
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def write(path, modified=OLD, text="x"):
@@ -39,6 +40,12 @@ def add_foreign_entries(directory, name):
     (directory / f"dangling_{name}").symlink_to(directory / "gone")
     (directory / f"loop_{name}").symlink_to(f"loop_{name}")
     (directory / f"directory_{name}").mkdir()
+
+
+@pytest.fixture
+def run_dir(train, make_once):
+    """A run of one epoch, of four iterations, without a checkpoint that is kept."""
+    return make_once("one_epoch", lambda *words: train("--set", "train.epochs=1", *words))
 
 
 def hide_from_stat(monkeypatch, name):
@@ -156,9 +163,7 @@ def test_latest_run_skips_foreign_runs(tmp_path):
 
 
 @posix_only
-def test_compare_skips_foreign_entries(command, tiny_file, tmp_path):
-    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
-    run_dir = only_run(tmp_path)
+def test_compare_skips_foreign_entries(command, run_dir, tmp_path):
     shutil.copytree(run_dir, run_dir.parent / ".hidden")
     (run_dir.parent / "empty").mkdir()
     (run_dir.parent / "dangling").symlink_to("gone")
@@ -191,13 +196,6 @@ def test_load_latest_evaluations_skips_foreign_metrics(tmp_path, metrics):
 
 
 # --- Resuming by path ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_dir(command, tiny_file, tmp_path):
-    """A run of one epoch, of four iterations, without a checkpoint that is kept."""
-    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
-    return only_run(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.helpers import REPOSITORY, assert_same_training, only_run, posix_only
 from tests.helpers.runs import STATEFUL, call_at_iteration, latest_checkpoint, send_signal, set_options
 
 RESUME = ("--resume", "latest")
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 class Killed(BaseException):
@@ -52,7 +53,6 @@ def kill_at_first_save(train, monkeypatch):
         (6, signal.SIGINT, 130),
         # The last iteration of an epoch: its end follows after the resume.
         pytest.param(8, getattr(signal, "SIGUSR1", None), 0, marks=posix_only),
-        (11, signal.SIGTERM, 143),
     ],
 )
 def test_signal_stops_after_iteration_and_resume_is_bit_identical(
@@ -102,16 +102,15 @@ def test_repeatedly_interrupted_run_is_bit_identical_and_keeps_two_latest(train,
     assert names == ["latest_000000014.pt", "latest_000000016.pt"]
 
 
-def test_rotation_keeps_new_checkpoint_if_older_one_has_later_mtime(train, interrupt, uninterrupted, tmp_path):
+def test_rotation_keeps_new_checkpoint_if_older_one_has_later_mtime(train, interrupted, uninterrupted):
     """The clock of a machine may have been set back; all checkpoints after it are older by their mtime."""
-    interrupt(6)
-    interrupted = latest_checkpoint(only_run(tmp_path))
-    os.utime(interrupted, (2**32, 2**32))
+    older = latest_checkpoint(interrupted)
+    os.utime(older, (2**32, 2**32))
     assert train(*STATEFUL, *RESUME)[0] == 0
-    names = sorted(path.name for path in interrupted.parent.glob("latest_*"))
+    names = sorted(path.name for path in older.parent.glob("latest_*"))
     assert names == ["latest_000000006.pt", "latest_000000016.pt"]
-    interrupted.unlink()
-    assert_same_training(uninterrupted, only_run(tmp_path))
+    older.unlink()
+    assert_same_training(uninterrupted, interrupted)
 
 
 def test_run_without_checkpoint_starts_from_the_beginning(train, kill_at_first_save, uninterrupted, tmp_path):
@@ -123,11 +122,9 @@ def test_run_without_checkpoint_starts_from_the_beginning(train, kill_at_first_s
     assert_same_training(uninterrupted, only_run(tmp_path))
 
 
-def test_latest_is_latest_run_even_without_checkpoint(train, kill_at_first_save, tmp_path):
-    train()
-    older = only_run(tmp_path)
+def test_latest_is_latest_run_even_without_checkpoint(train, kill_at_first_save, complete):
     kill_at_first_save()
-    (newer,) = set(older.parent.iterdir()) - {older}
+    (newer,) = set(complete.parent.iterdir()) - {complete}
     status, out, _ = train(*RESUME)
     assert status == 0
     assert f"{newer} has no checkpoint yet" in out
@@ -145,7 +142,7 @@ def test_run_without_validation_stopped_at_its_end_still_promotes(train, interru
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_fp16_run_resumes_bit_identically_with_its_gradient_scale(train, interrupt, tmp_path, optimizer):
-    half = set_options({"precision": "fp16", "optimizer.name": optimizer})
+    half = set_options({"precision": "fp16", "optimizer.name": optimizer, "train.epochs": 2})
     assert train(*STATEFUL, *half, *set_options({"output_dir": tmp_path / "uninterrupted"}))[0] == 0
     assert interrupt(6, *half)[0] == 143
     scaler = load_checkpoint(latest_checkpoint(only_run(tmp_path)))["scaler"]
@@ -155,10 +152,10 @@ def test_fp16_run_resumes_bit_identically_with_its_gradient_scale(train, interru
 
 
 def test_full_width_model_resumes_bit_identically_mid_epoch(command, tmp_path, monkeypatch):
-    """se.json at its width and with its augmentation, for a dozen iterations."""
+    """se.json at its width and with its augmentation, for eight iterations."""
     options = {
         "data.dataset": "synthetic",
-        "data.synthetic.train_size": 60,
+        "data.synthetic.train_size": 44,
         "data.val_size": 12,
         "data.batch_size": 8,
         "train.epochs": 2,
@@ -166,7 +163,7 @@ def test_full_width_model_resumes_bit_identically_mid_epoch(command, tmp_path, m
     }
     words = ["train", "--config", REPOSITORY / "configs" / "se.json", *set_options(options)]
     assert command(*words, *set_options({"output_dir": tmp_path / "uninterrupted"}))[0] == 0
-    assert command(*words, attach=call_at_iteration(9, send_signal))[0] == 143
+    assert command(*words, attach=call_at_iteration(6, send_signal))[0] == 143
     assert command(*words, *RESUME)[0] == 0
     (uninterrupted,) = (tmp_path / "uninterrupted" / "training_runs").iterdir()
     assert_same_training(uninterrupted, only_run(tmp_path))
@@ -177,9 +174,9 @@ def test_full_width_model_resumes_bit_identically_mid_epoch(command, tmp_path, m
 # --- Complete runs ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("complete")
 def test_resume_of_complete_run_changes_nothing(train, tmp_path):
     """Ignite itself would train it again from epoch 0 over the trained weights."""
-    train()
     before = snapshot(tmp_path)
     status, out, _ = train(*RESUME)
     assert status == 0
@@ -197,18 +194,17 @@ def test_resume_of_early_stopped_run_changes_nothing(train, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_resume_with_more_epochs_follows_longer_schedule(train, tmp_path):
-    train()
-    longer = set_options({"train.epochs": 5})
+def test_resume_with_more_epochs_follows_longer_schedule(train, complete, tmp_path):
+    longer = set_options({"train.epochs": 4})
     status, out, _ = train(*longer, *RESUME)
     assert status == 0
-    assert "train.epochs was 2, now 5" in out
-    assert "schedule of 5 epochs" in out
-    resumed = pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv")
+    assert "train.epochs was 2, now 4" in out
+    assert "schedule of 4 epochs" in out
+    resumed = pd.read_csv(complete / "logs" / "metrics.csv")
     train(*longer, *set_options({"output_dir": tmp_path / "planned"}))
     (planned_dir,) = (tmp_path / "planned" / "training_runs").iterdir()
     planned = pd.read_csv(planned_dir / "logs" / "metrics.csv")
-    assert resumed["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert resumed["epoch"].tolist() == [1, 2, 3, 4]
     assert resumed["lr"].tolist()[2:] == pytest.approx(planned["lr"].tolist()[2:], abs=1e-12)
     assert resumed["lr"][1] != planned["lr"][1]
 
@@ -216,14 +212,13 @@ def test_resume_with_more_epochs_follows_longer_schedule(train, tmp_path):
 # --- Configuration of a resumed run -------------------------------------------------------------------------------
 
 
-def test_resumed_run_keeps_its_own_configuration(train, interrupt, uninterrupted, tmp_path):
+def test_resumed_run_keeps_its_own_configuration(train, interrupted, uninterrupted):
     """Overrides given at the start need not be repeated."""
-    interrupt(6)
     status, out, _ = train(*RESUME)
     assert status == 0
     (kept,) = [line for line in out.splitlines() if "kept from the run" in line]
     assert kept.endswith("train.ema_decay, train.epochs, train.patience")
-    assert_same_training(uninterrupted, only_run(tmp_path))
+    assert_same_training(uninterrupted, interrupted)
 
 
 def test_resumed_run_keeps_its_own_device(train, interrupt, tiny_file, tmp_path, monkeypatch, uninterrupted):
@@ -237,21 +232,19 @@ def test_resumed_run_keeps_its_own_device(train, interrupt, tiny_file, tmp_path,
     assert_same_training(uninterrupted, only_run(tmp_path))
 
 
-def test_run_saved_without_a_key_resumes_with_its_default(train, interrupt, uninterrupted, tmp_path):
+def test_run_saved_without_a_key_resumes_with_its_default(train, interrupted, uninterrupted):
     """A run of a version that lacked the key; the default of a new key is what that version did."""
-    interrupt(6)
-    path = latest_checkpoint(only_run(tmp_path))
+    path = latest_checkpoint(interrupted)
     saved = torch.load(path, weights_only=True)
     del saved["record"]["config"]["train"]["sync_batch_norm"]
     torch.save(saved, path)
     status, out, err = train(*RESUME)
     assert status == 0, err
     assert "sync_batch_norm was" not in out
-    assert_same_training(uninterrupted, only_run(tmp_path))
+    assert_same_training(uninterrupted, interrupted)
 
 
-def test_changed_configuration_is_refused_without_allow_changes(train, interrupt, tmp_path):
-    interrupt(6)
+def test_changed_configuration_is_refused_without_allow_changes(train, interrupted):
     words = [*STATEFUL, *set_options({"optimizer.lr": 0.01, "data.batch_size": 50}), *RESUME]
     status, _, err = train(*words)
     assert status == 2
@@ -260,43 +253,38 @@ def test_changed_configuration_is_refused_without_allow_changes(train, interrupt
     status, out, _ = train(*words, "--allow-changes")
     assert status == 0
     assert "optimizer.lr was 0.05, now 0.01" in out
-    table = pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv")
+    table = pd.read_csv(interrupted / "logs" / "metrics.csv")
     assert table["epoch"].tolist() == [1, 2, 3, 4]
     assert table["lr"][1:].max() <= 0.01  # epoch 2 was repeated in batches of 50
-    checkpoint = load_checkpoint(only_run(tmp_path) / "checkpoints" / "latest_000000008.pt")
+    checkpoint = load_checkpoint(interrupted / "checkpoints" / "latest_000000008.pt")
     assert checkpoint["trainer"]["epoch_length"] == 2
 
 
-def test_momentum_buffers_are_reset_if_optimizer_changes(train, tmp_path):
+def test_momentum_buffers_are_reset_if_optimizer_changes(train, complete):
     """The saved buffers would belong to other parameters."""
-    assert train()[0] == 0
     changes = set_options({"train.epochs": 3, "optimizer.name": "muon"})
     status, out, err = train(*RESUME, "--allow-changes", *changes)
     assert status == 0, err
     assert "momentum buffers were reset (optimizer.name changed)" in out
-    assert len(pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv")) == 3
+    assert len(pd.read_csv(complete / "logs" / "metrics.csv")) == 3
 
 
 @pytest.mark.parametrize("inside", [".", "checkpoints"])
-def test_resume_by_relative_path_continues_same_run(train, interrupt, uninterrupted, tmp_path, monkeypatch, inside):
-    interrupt(6)
-    run_dir = only_run(tmp_path)
+def test_resume_by_relative_path_continues_same_run(train, interrupted, uninterrupted, tmp_path, monkeypatch, inside):
     before = snapshot(tmp_path).keys()
-    monkeypatch.chdir(run_dir / inside)
+    monkeypatch.chdir(interrupted / inside)
     status, _, err = train("--resume", "." if inside == "." else "latest_000000006.pt")
     assert status == 0, err
-    assert_same_training(uninterrupted, run_dir)
+    assert_same_training(uninterrupted, interrupted)
     assert all(Path(path).is_relative_to("outputs") for path in snapshot(tmp_path).keys() - before)
     assert (tmp_path / "outputs" / "best_models" / "tiny_best.pth").exists()
 
 
-def test_checkpoint_outside_any_run_directory_continues_in_new_one(train, interrupt, tmp_path):
-    interrupt(6)
-    first = only_run(tmp_path)
-    shutil.copy(latest_checkpoint(first), tmp_path / "copied.pt")
+def test_checkpoint_outside_any_run_directory_continues_in_new_one(train, interrupted, tmp_path):
+    shutil.copy(latest_checkpoint(interrupted), tmp_path / "copied.pt")
     status, out, _ = train(*STATEFUL, "--resume", "copied.pt")
     assert status == 0
-    (second,) = set(first.parent.iterdir()) - {first}
+    (second,) = set(interrupted.parent.iterdir()) - {interrupted}
     assert len(list((second / "checkpoints").glob("best_*.pth"))) == 1
     assert "tiny_best.pth updated by this run" in out
 
@@ -317,9 +305,9 @@ def test_resume_with_another_dataset_is_refused(train, interrupt, tmp_path, cifa
     assert snapshot(tmp_path / "outputs") == before
 
 
+@pytest.mark.usefixtures("complete")
 def test_resume_with_another_model_is_refused(train, tmp_path):
     """Also with --allow-changes; nothing changes, config.json included."""
-    train()
     before = snapshot(tmp_path)
     changes = set_options({"train.epochs": 9, "model.width": 3})
     status, _, err = train(*RESUME, "--allow-changes", *changes)
@@ -360,22 +348,19 @@ def test_latest_falls_back_to_older_checkpoint_with_warning(train, interrupt, un
     assert_same_training(uninterrupted, only_run(tmp_path))
 
 
-def test_resume_without_valid_checkpoint_is_refused(train, tmp_path):
-    train()
-    for path in (only_run(tmp_path) / "checkpoints").glob("*.pt"):
+def test_resume_without_valid_checkpoint_is_refused(train, complete):
+    for path in (complete / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
     status, _, err = train(*RESUME)
     assert status == 2
     assert "none of the 3 full checkpoints is valid" in err
 
 
-def test_resume_removes_files_of_killed_process(train, interrupt, uninterrupted, tmp_path):
-    interrupt(5)
-    run_dir = only_run(tmp_path)
-    temp_path = run_dir / "checkpoints" / ".latest_000000006.pt.4242.tmp"
+def test_resume_removes_files_of_killed_process(train, interrupted, uninterrupted):
+    temp_path = interrupted / "checkpoints" / ".latest_000000007.pt.4242.tmp"
     temp_path.write_bytes(b"half")
-    with (run_dir / "logs" / "metrics.csv").open("a") as table:
+    with (interrupted / "logs" / "metrics.csv").open("a") as table:
         table.write("2,1.9")  # half of a row
     assert train(*STATEFUL, *RESUME)[0] == 0
     assert not temp_path.exists()
-    assert_same_training(uninterrupted, run_dir)
+    assert_same_training(uninterrupted, interrupted)
