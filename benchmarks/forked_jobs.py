@@ -10,9 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tensorboardX  # noqa: F401
 import torch
 
-import cifar_ignite.train  # noqa: F401  imported once here instead of in each forked process
+# Imported once here instead of in each forked process.
+import cifar_ignite.evaluate
+import cifar_ignite.image_plots
+import cifar_ignite.plots
+import cifar_ignite.train  # noqa: F401
 from cifar_ignite.cli import main as run_command
 
 CRASHED = 70
