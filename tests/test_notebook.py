@@ -19,7 +19,7 @@ SMALLER = {
 INTERRUPTED = """
 import signal
 from ignite.engine import Events
-config = load_config("demo", [*small, "train.epochs=1000", "train.checkpoint_every=1000"])
+config = load_config("demo", [*small, "train.epochs=9", "train.checkpoint_every=9"])
 handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 def interrupt(state):  # with the signal that "Interrupt kernel" sends
     state.trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda: signal.raise_signal(signal.SIGINT))
