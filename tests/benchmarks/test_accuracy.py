@@ -12,6 +12,8 @@ from cifar_ignite.config import Config
 from cifar_ignite.training.environment import format_commit
 from tests.benchmarks.helpers import run_benchmark
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 def test_accuracy_evaluates_last_weights_of_each_seed(tmp_path, tiny_file):
     arguments = ["--config", tiny_file, "--out", tmp_path / "accuracy", "--seeds=2"]

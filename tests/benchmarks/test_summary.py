@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 from benchmarks.summary import summarize
-from tests.benchmarks.helpers import run_benchmark
 from tests.helpers import REPOSITORY, posix_only
 
 ACCURACY = {
@@ -49,7 +48,8 @@ def test_summarize_has_one_row_per_figure(tmp_path):
 
 
 def test_summary_without_results_fails_with_one_line(tmp_path):
-    done = run_benchmark("summary", [tmp_path])
+    command = [sys.executable, "-m", "benchmarks.summary", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"summary: {tmp_path}: no results of benchmarks\n"
 
