@@ -39,11 +39,12 @@ def test_load_dataset_reads_synthetic_section():
 
 
 def test_linear_classifier_stays_below_60_percent_on_synthetic():
-    config = SyntheticConfig(train_size=6000, test_size=1000)
+    """On means of 2x2 pixels: with fewer weights, it generalizes better."""
+    config = SyntheticConfig(train_size=3000, test_size=1000)
     train, test = make_synthetic(config, train=True), make_synthetic(config, train=False)
 
     def features(images):
-        flat = images.flatten(1).double() / 255
+        flat = torch.nn.functional.avg_pool2d(images.double() / 255, 2).flatten(1)
         return torch.cat([flat, torch.ones(len(flat), 1, dtype=torch.double)], 1)
 
     x, y = features(train.images), torch.nn.functional.one_hot(train.labels, 10).double()
