@@ -15,12 +15,12 @@ from tests.benchmarks.helpers import run_benchmark
 def test_ablations_compare_changes_by_seed_without_reading_the_test_set(tmp_path, tiny_file, cifar_root):
     (cifar_root / "cifar-10-batches-py" / "test_batch").unlink()
     changes = ["optimizer.lr=0.2 train.ema_decay=0.5", "model.dropout=0"]
-    arguments = ["--config", tiny_file, "--out", tmp_path / "ablations", "--jobs=1"]
+    arguments = ["--config", tiny_file, "--out", tmp_path / "ablations", "--jobs=2"]
     done = run_benchmark("ablations", [*arguments, *(f"--change={change}" for change in changes)], ["train.epochs=1"])
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "ablations.json").read_text())
     assert result["environment"]["command"].startswith("python -m benchmarks.ablations ")
-    assert (result["jobs"], result["config"]["experiment"]) == (1, "ablation")
+    assert (result["jobs"], result["config"]["experiment"]) == (2, "ablation")
     accuracies = result["validation_accuracy"]
     assert list(accuracies) == [UNCHANGED, *changes]
     assert all(len(values) == 2 for values in accuracies.values())
