@@ -18,9 +18,15 @@ from tests.helpers import posix_only
 from tests.helpers.images import load_image, save_photo, smooth_image, write_photos
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"), {"train": 10, "test": 4})
+
+
 @pytest.fixture
-def root(tmp_path):
-    return write_photos(tmp_path / "photos", {"train": 10, "test": 4})
+def root(photos, tmp_path):
+    """A copy of the photos, which are drawn once."""
+    return shutil.copytree(photos, tmp_path / "photos")
 
 
 def load(root, *, train=True, **options):

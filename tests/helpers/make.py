@@ -8,7 +8,7 @@ from tests.helpers import REPOSITORY
 
 
 def make(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run make with `true` as Python, which "has" the package and does nothing: no test can start an installation.
+    """Run make with the program `true` as Python, so that no test can start an installation or a training.
 
     `make test`, around the tests, would pass on its own variables and have directories printed.
     """
