@@ -1,6 +1,5 @@
 """The Makefile: thin calls of the command line, whatever is typed."""
 
-import json
 import sys
 
 import pytest
@@ -48,16 +47,16 @@ def test_make_creates_venv_if_python_lacks_the_package(tmp_path):
 @pytest.mark.usefixtures("without_figures")
 def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path, command):
     """The shell that make starts passes the words to a program that writes them down; they are those of a run."""
-    output_dir, words_file = tmp_path / "it's here", tmp_path / "words.json"
-    write_words = f"import json, sys; json.dump(sys.argv[1:], open({str(words_file)!r}, 'w'))"
+    output_dir, python = tmp_path / "it's here", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > '{tmp_path}/words'\n")
+    python.chmod(0o755)
     done = make(
-        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}",
-        f"run='{sys.executable}' -S -c \"{write_words}\"",
+        "train", "MODEL=demo", "EPOCHS=1", "SEED=4", f"OUTPUT_DIR={output_dir}", f"PYTHON='{python}'",
         "SET=data.synthetic.train_size=80 data.val_size=20 model.width=2 train.log_every=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    program, name, *words = json.loads(words_file.read_text())
-    assert [program, name] == ["-m", "cifar_ignite"]
+    program, name, *words, rest = (tmp_path / "words").read_text().split("\0")
+    assert [program, name, rest] == ["-m", "cifar_ignite", ""]
     assert command(*words)[0] == 0
     (run_dir,) = (output_dir / "training_runs").iterdir()
     config = load_config(run_dir / "config.json")
