@@ -278,11 +278,11 @@ def test_temperatures_that_one_rank_fails_to_add_end_no_run(job, train, tmp_path
     assert load_checkpoint(path)["temperatures"].keys() == {"plain"}
 
 
-@pytest.fixture
-def photos(tmp_path):
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
     """Options of a run on a folder of images."""
-    root = write_photos(tmp_path / "photos", {"train": 20, "test": 6})
-    return {"train.epochs": 1, "data.dataset": "folder", "data.root": root, "data.image_size": 32, "data.val_size": 12}
+    root = write_photos(tmp_path_factory.mktemp("photos"), {"train": 8, "test": 2})
+    return {"train.epochs": 1, "data.dataset": "folder", "data.root": root, "data.image_size": 32, "data.val_size": 6}
 
 
 def test_image_files_are_decoded_by_all_ranks_at_once(job, train, tmp_path, monkeypatch, photos):
