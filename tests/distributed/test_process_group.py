@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -41,7 +42,7 @@ from cifar_ignite.training.engines import create_evaluator
 from cifar_ignite.training.forward import create_forward, create_tta_forward
 from cifar_ignite.training.metrics import attach_metrics
 from tests.distributed.conftest import TIMEOUT
-from tests.helpers import assert_same_training, only_run
+from tests.helpers import REPOSITORY, assert_same_training, only_run
 from tests.helpers.images import write_photos
 from tests.helpers.runs import call_at_iteration, latest_checkpoint, raise_disk_full, send_signal, set_options
 
@@ -499,6 +500,15 @@ def test_slurm_starts_ranks(train, tmp_path):
     assert [forked_jobs.wait(pid, TIMEOUT) for pid in pids] == [0, 0], log.read_text()
     assert log.read_text().count("world size 2") == 1
     assert log.read_text().count("done after epoch 1") == 1
+
+
+def test_torchrun_trains_as_forked_ranks_do(train, tmp_path, uninterrupted):
+    """The command that users type; the other tests save the time in which its processes import torch."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cifar_ignite"]
+    environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *torchrun, *map(str, train())], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(uninterrupted, only_run(tmp_path))
 
 
 def test_job_restarted_by_torchrun_resumes_its_own_run(train, tmp_path, uninterrupted, monkeypatch):
