@@ -1,8 +1,9 @@
 """A tiny CIFAR-10 in the official file format, and a run on it that takes about a second."""
 
+import functools
 import json
 import os
-import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 
 from cifar_ignite.cli import main
 from cifar_ignite.config_io import merge_trees, parse_config
-from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
-from tests.helpers import TINY, snapshot, write_batch
+from cifar_ignite.train import train
+from tests.helpers import TINY, only_run, save_blank_figure, snapshot, write_cifar10
 
 # Tests that fork need an autograd engine without threads. It starts one per GPU in the first backward pass of a
 # process, also for fake GPUs of fake tensors and torch.export: so the first pass is made here, without a GPU.
@@ -93,13 +94,7 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cifar_root(tmp_path: Path) -> Path:
     """data/cifar-10-batches-py with 5 x 24 training and 30 test images."""
-    directory = tmp_path / "data" / "cifar-10-batches-py"
-    directory.mkdir(parents=True)
-    for number in range(1, 6):
-        write_batch(directory / f"data_batch_{number}", 24, number)
-    write_batch(directory / "test_batch", 30, 9)
-    (directory / "batches.meta").write_bytes(pickle.dumps({b"label_names": [c.encode() for c in CIFAR10_CLASSES]}))
-    return tmp_path / "data"
+    return write_cifar10(tmp_path / "data")
 
 
 @pytest.fixture
@@ -151,3 +146,53 @@ def refused(command: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
         return err
 
     return run
+
+
+# --- Less work ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are one pixel: drawing them takes half the time of a tiny run, and most of that of an evaluation."""
+    monkeypatch.setattr("cifar_ignite.plots.Figure.savefig", save_blank_figure)
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that trains the tiny configuration with overrides, once per process, and returns its output directory.
+
+    Its paths are relative, so copies of the directory are complete. Tests only read it; its figures are blank.
+    """
+
+    @functools.cache
+    def run(*overrides: str) -> Path:
+        directory = tmp_path_factory.mktemp("trained")
+        write_cifar10(directory / "data")
+        tree = merge_trees(TINY, {"output_dir": "outputs", "data": {"root": "data"}})
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(directory)
+            patched.setattr("cifar_ignite.plots.Figure.savefig", save_blank_figure)
+            train(parse_config(tree, "test", overrides))
+        return directory / "outputs"
+
+    return run
+
+
+@pytest.fixture
+def copy_run(
+    train_once: Callable[..., Path], tmp_path: Path, cifar_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """A function that copies a run of `train_once` into the scratch directory and returns its run directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def copy(*overrides: str) -> Path:
+        shutil.copytree(train_once(*overrides), tmp_path / "outputs")
+        return only_run(tmp_path)
+
+    return copy
+
+
+@pytest.fixture
+def trained_run(copy_run: Callable[..., Path]) -> Path:
+    """Run directory of the tiny configuration, of two epochs, in the scratch directory."""
+    return copy_run()

@@ -6,6 +6,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from ignite.engine import Events
 
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESOLVED_KEYS, RESUME_SAFE_KEYS, Config
@@ -16,6 +17,7 @@ from cifar_ignite.train import train
 from tests.helpers.images import write_photos
 from tests.helpers.runs import latest_checkpoint
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
 KEYS = set(flatten_dict(Config().model_dump(mode="json")))
 
 
@@ -49,7 +51,7 @@ def test_resolved_keys_are_those_marked():
 
 # --- Every key has an effect --------------------------------------------------------------------------------------
 
-# A value of each key that changes what a short training does.
+# A value of each key that changes a short training: its batches, its weights or its files.
 EFFECTS = {
     "seed": 1,
     "data.batch_size": 25,
@@ -111,7 +113,7 @@ EFFECTS_WITH_OVERRIDES = {
     "data.synthetic.seed": (5, ["data.dataset=synthetic", "data.synthetic.train_size=120"]),
     "data.image_size": (16, ["data.dataset=synthetic", "data.synthetic.train_size=120"]),
     "precision": ("bf16", ["precision=fp32"]),
-    "train.patience": (1, ["train.epochs=6", "optimizer.lr=1e-9"]),
+    "train.patience": (1, ["train.epochs=3", "optimizer.lr=1e-9"]),
 }
 # Keys that change where and how a run is made but not what it learns: for these, a test records that they are read.
 READ_KEYS = {
@@ -129,24 +131,84 @@ READ_KEYS = {
 }
 
 
-def fingerprint(config):
-    """Train; return all weights of the latest checkpoint and the best model, the metrics, and the file names."""
+# Keys whose effect needs a complete run, of the epochs after the first or of what is saved.
+RUN_KEYS = {
+    "train.epochs",
+    "train.ema_decay",
+    "train.drop_path_decay_fraction",
+    "train.checkpoint_every",
+    "train.save_every_seconds",
+    "train.patience",
+}
+ITERATIONS = 4  # the lowest learning rate counts once the rate falls
+
+
+class Stop(Exception):
+    """Ends a run."""
+
+
+def stop(state):
+    raise Stop
+
+
+def capture_batches(config):
+    """Return the first training batch of each of two epochs and all validation batches of a run."""
+    captured = []
+
+    def capture(state):
+        for epoch in range(2):
+            state.train_loader.iteration = epoch * len(state.train_loader)
+            captured.extend(state.train_loader.peek())
+        captured.extend(tensor for batch in state.val_loader for tensor in batch)
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(config, attach=capture)
+    return captured
+
+
+def capture_weights(config):
+    """Return the weights after a few iterations of a run."""
+    captured = []
+
+    def attach(state):
+        @state.trainer.on(Events.ITERATION_COMPLETED(once=ITERATIONS))
+        def capture():
+            captured.extend(tensor.clone() for tensor in state.model.state_dict().values())
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, attach=attach)
+    return captured
+
+
+def capture_run(config):
+    """Return the weights of the latest checkpoint and the best model, the metrics and the file names of a run."""
     run_dir = train(config).run_dir
     paths = latest_checkpoint(run_dir), next((run_dir / "checkpoints").glob("best*"))
-    weights = [weight.flatten().double() for path in paths for weight in load_checkpoint(path)["model"].values()]
+    weights = [weight for path in paths for weight in load_checkpoint(path)["model"].values()]
     table = pd.read_csv(run_dir / "logs" / "metrics.csv").drop(columns=["seconds", "images_per_second"])
-    return torch.cat(weights), table, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    return [*weights, table.to_csv(), sorted(path.name for path in (run_dir / "checkpoints").iterdir())]
 
 
-def is_same(fingerprint, other):
-    weights, table, names = fingerprint
-    other_weights, other_table, other_names = other
-    return torch.equal(weights, other_weights) and table.equals(other_table) and names == other_names
+def capture_for(key):
+    """Return the function that captures the least of a run that shows the effect of a key."""
+    if key in RUN_KEYS:
+        return capture_run
+    return capture_batches if key.startswith(("data.", "augment.")) else capture_weights
+
+
+def is_equal(value, other):
+    return torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def is_same(captured, other):
+    return len(captured) == len(other) and all(map(is_equal, captured, other))
 
 
 @pytest.fixture(scope="module")
 def references():
-    """Fingerprints of the runs without a changed key, by their overrides."""
+    """What is captured of the runs without a changed key, by function and overrides."""
     return {}
 
 
@@ -154,21 +216,24 @@ def test_every_key_is_in_one_table():
     tables = [EFFECTS.keys(), EFFECTS_WITH_OVERRIDES.keys(), READ_KEYS]
     assert set().union(*tables) == KEYS
     assert sum(map(len, tables)) == len(KEYS)
+    assert RUN_KEYS <= KEYS - READ_KEYS
 
 
 @pytest.mark.parametrize("key", [*EFFECTS, *EFFECTS_WITH_OVERRIDES])
 def test_key_changes_training(key, tiny_tree, references):
     value, required = EFFECTS_WITH_OVERRIDES.get(key, (EFFECTS.get(key), []))
+    capture = capture_for(key)
 
-    def train_with(*overrides):
-        # With a low div_factor, a run of eight iterations moves far enough to differ from another one.
+    def capture_with(*overrides):
+        # With a low div_factor, a run of few iterations moves far enough to differ from another one.
         common = ["schedule.div_factor=2", "data.synthetic.train_size=120", *required]
-        return fingerprint(parse_config(copy.deepcopy(tiny_tree), "test", [*common, *overrides]))
+        return capture(parse_config(copy.deepcopy(tiny_tree), "test", [*common, *overrides]))
 
-    if tuple(required) not in references:
-        references[tuple(required)] = train_with()
+    if (capture, *required) not in references:
+        references[capture, *required] = capture_with()
+        assert is_same(capture_with(), references[capture, *required])
     text = value if isinstance(value, str) else json.dumps(value)
-    assert not is_same(train_with(f"{key}={text}"), references[tuple(required)])
+    assert not is_same(capture_with(f"{key}={text}"), references[capture, *required])
 
 
 def test_remaining_keys_are_read(tiny_config, tmp_path, monkeypatch):
@@ -182,12 +247,12 @@ def test_remaining_keys_are_read(tiny_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Section, "__getattribute__", record)
     synthetic = {"dataset": "synthetic", "synthetic": {"train_size": 60, "test_size": 20}}
-    config = tiny_config(experiment="other", data=synthetic)
-    train(tiny_config())
+    config = tiny_config(experiment="other", data=synthetic, train={"epochs": 1})
     train(config)
     photos = write_photos(tmp_path / "photos", {"train": 10})
     (photos / "train" / "cat" / "notes.txt").write_text("no image")
-    train(tiny_config(data={"dataset": "folder", "root": str(photos), "val_size": 3, "max_unreadable": 1}))
+    with pytest.raises(Stop):
+        train(tiny_config(data={"dataset": "folder", "root": str(photos), "max_unreadable": 1}), attach=stop)
     evaluate(model_name="other", overrides=[f"output_dir={config.output_dir}"])
     classes = {"data.synthetic": "SyntheticConfig", "data": "DataConfig", "train": "TrainConfig", "": "Config"}
     for key in READ_KEYS:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from ignite.engine import Engine, Events
+from PIL import Image
 
 from benchmarks.run_diff import diff_runs
 from cifar_ignite.checkpointing.run_record import RunRecord
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="requires fork, signals, permissions or names of POSIX")
 REPOSITORY = Path(__file__).parents[2]
@@ -30,6 +32,17 @@ def write_batch(path: Path, count: int, seed: int) -> None:
     data = (rng.integers(0, 100, (count, 3072)) + 15 * np.array(labels)[:, None]).astype(np.uint8)
     batch = {b"data": data, b"labels": labels, b"batch_label": b"tiny", b"filenames": [b"x.png"] * count}
     path.write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def write_cifar10(root: Path) -> Path:
+    """Write 5 x 24 training and 30 test images in the official format of CIFAR-10; return `root`."""
+    directory = root / "cifar-10-batches-py"
+    directory.mkdir(parents=True)
+    for number in range(1, 6):
+        write_batch(directory / f"data_batch_{number}", 24, number)
+    write_batch(directory / "test_batch", 30, 9)
+    (directory / "batches.meta").write_bytes(pickle.dumps({b"label_names": [c.encode() for c in CIFAR10_CLASSES]}))
+    return root
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:
@@ -76,6 +89,11 @@ def run_with_scores(scores: Sequence[float | None], attach: Callable[[Engine, Ru
     attached = attach(trainer, record)
     trainer.run([0], max_epochs=len(scores))
     return trainer.state.epoch, attached
+
+
+def save_blank_figure(figure: object, path: Path, **options: object) -> None:
+    """Write one white pixel in place of a figure, as `Figure.savefig`."""
+    Image.new("L", (1, 1), 255).save(path, format="PNG")
 
 
 def write_cifar100(root: Path, train: int, test: int) -> Path:
