@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cifar_ignite import plots
 from cifar_ignite.cli import main
 from cifar_ignite.config_io import merge_trees, parse_config
 from cifar_ignite.train import train
@@ -152,9 +153,17 @@ def refused(command: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Figures are one pixel: drawing them takes half the time of a tiny run, and most of that of an evaluation."""
-    monkeypatch.setattr("cifar_ignite.plots.Figure.savefig", save_blank_figure)
+    draw = plots.Figure.savefig
+    monkeypatch.setattr(plots.Figure, "savefig", save_blank_figure)
+    return draw
+
+
+@pytest.fixture
+def drawn_figures(blank_figures: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn, in a module with blank ones."""
+    monkeypatch.setattr(plots.Figure, "savefig", blank_figures)
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +180,7 @@ def train_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         tree = merge_trees(TINY, {"output_dir": "outputs", "data": {"root": "data"}})
         with pytest.MonkeyPatch.context() as patched:
             patched.chdir(directory)
-            patched.setattr("cifar_ignite.plots.Figure.savefig", save_blank_figure)
+            patched.setattr(plots.Figure, "savefig", save_blank_figure)
             train(parse_config(tree, "test", overrides))
         return directory / "outputs"
 

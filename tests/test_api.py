@@ -33,6 +33,7 @@ from cifar_ignite.checkpointing.io import load_checkpoint
 from tests.helpers import REPOSITORY
 from tests.helpers.runs import call_at_iteration, send_signal
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
 COMMANDS = ("train", "evaluate", "predict", "export")
 
 

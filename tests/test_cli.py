@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cifar_ignite.data import cifar_files
-from tests.helpers import REPOSITORY, only_run
+from tests.helpers import REPOSITORY
 from tests.helpers.runs import latest_checkpoint, set_options
 
 
@@ -26,10 +26,9 @@ class Payload:
 
 
 @pytest.fixture
-def trained(command, tiny_file, tmp_path):
+def trained(trained_run):
     """The latest full checkpoint of a run."""
-    assert command("train", "--config", tiny_file)[0] == 0
-    return latest_checkpoint(only_run(tmp_path))
+    return latest_checkpoint(trained_run)
 
 
 @pytest.fixture

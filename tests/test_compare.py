@@ -8,24 +8,26 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from cifar_ignite import plots
 from cifar_ignite.compare import load_latest_evaluations
-from tests.helpers import only_run
 
 
-def test_compare_lists_all_runs_with_their_latest_evaluation(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, "--set", "train.epochs=3")
-    first = only_run(tmp_path)
+def test_compare_lists_all_runs_with_their_latest_evaluation(
+    command, tiny_file, trained_run, tmp_path, blank_figures, monkeypatch
+):
+    first = trained_run
     command("evaluate")
     command("evaluate", "--tta", "flip")
-    command("train", "--config", tiny_file, "--set", "experiment=all", "--set", "data.val_size=0")
+    log = command("train", "--config", tiny_file, "--set", "experiment=all", "--set", "data.val_size=0")[1]
     (second,) = set((tmp_path / "outputs" / "training_runs").iterdir()) - {first}
+    monkeypatch.setattr(plots.Figure, "savefig", blank_figures)  # that of the comparison is drawn
     status, out, err = command("compare")
     assert (status, err) == (0, "")
     table = pd.read_csv(tmp_path / "outputs" / "comparison.csv").set_index("run")
     assert table.index.tolist() == [first.name, second.name]
     history = pd.read_csv(first / "logs" / "metrics.csv")
     run = table.loc[first.name]
-    assert run[["experiment", "model", "epochs", "planned"]].tolist() == ["tiny", "hybrid_resnet", 3, 3]
+    assert run[["experiment", "model", "epochs", "planned"]].tolist() == ["tiny", "hybrid_resnet", 2, 2]
     assert run["best_val_acc"] == history["val_acc"].max()
     assert run["images_per_second"] == history["images_per_second"].median()
     evaluations = (tmp_path / "outputs" / "evaluations").glob("tiny_*/metrics.json")
@@ -35,17 +37,16 @@ def test_compare_lists_all_runs_with_their_latest_evaluation(command, tiny_file,
     assert run["calibration_error"] == metrics["expected_calibration_error"]
     assert "calibration error" in out
     assert f"{run['best_val_acc']:.2%}" in out
-    assert f"{run['parameters']:,}" in command("train", "--config", tiny_file)[1]
+    assert f"{run['parameters']:,}" in log
     assert table.loc[second.name][["best_val_acc", "test_acc"]].isna().all()
     assert table.loc[second.name, "experiment"] == "all"
     pixels = np.asarray(Image.open(tmp_path / "outputs" / "comparison.png").convert("L"))
     assert (pixels < 250).mean() > 0.03
 
 
-def test_compare_skips_runs_without_valid_metrics(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, "--set", "train.epochs=1")
-    run_dir = only_run(tmp_path)
-    runs = run_dir.parent
+@pytest.mark.usefixtures("blank_figures")
+def test_compare_skips_runs_without_valid_metrics(command, trained_run, tmp_path):
+    run_dir, runs = trained_run, trained_run.parent
     for name, text in (("0_started", None), ("1_damaged", "no,metrics\n1,2\n")):
         shutil.copytree(run_dir, runs / name)
         (runs / name / "logs" / "metrics.csv").unlink()

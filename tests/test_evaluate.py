@@ -16,13 +16,19 @@ from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.evaluation import inference, report
 from tests.evaluation.helpers import load_test_labels, only_evaluation, write_unlabeled_test_file
-from tests.helpers import only_run, snapshot
+from tests.helpers import snapshot
 
-SYNTHETIC = ["--set", "data.dataset=synthetic", "--set", "data.synthetic.train_size=120"]
+pytestmark = pytest.mark.usefixtures("blank_figures")
+SHAPES = (
+    "experiment=shapes",
+    "data.dataset=synthetic",
+    "data.synthetic.train_size=120",
+    "data.synthetic.test_size=60",
+)
+SYNTHETIC = ["--set", "data.dataset=synthetic", "--set", "data.synthetic.test_size=60"]
 
 
-def test_evaluate_writes_predictions_and_metrics_of_best_model(command, tiny_file, tmp_path, cifar_root):
-    command("train", "--config", tiny_file, "--set", "train.epochs=5")
+def test_evaluate_writes_predictions_and_metrics_of_best_model(command, trained_run, tmp_path, cifar_root):
     best_path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     record = load_checkpoint(best_path)["record"]
     status, out, err = command("evaluate")
@@ -46,15 +52,14 @@ def test_evaluate_writes_predictions_and_metrics_of_best_model(command, tiny_fil
         "run", "epoch", "data", "images", "mean_confidence", "accuracy", "top2_accuracy", "loss",
         "expected_calibration_error", "classes", "environment", "temperature", "uncalibrated", "sure",
     }  # fmt: skip
-    assert (metrics["run"], metrics["epoch"], metrics["images"]) == (only_run(tmp_path).name, record.epoch, 30)
+    assert (metrics["run"], metrics["epoch"], metrics["images"]) == (trained_run.name, record.epoch, 30)
     assert metrics["accuracy"] == pytest.approx(accuracy)
     assert f"test loss {metrics['loss']:.4f}" in out
     for expected in ("sample predictions", "per-class metrics", "confidence: mean", evaluation_dir.name):
         assert expected in out
 
 
-def test_evaluate_accepts_model_name_checkpoint_and_unlabeled_file(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+def test_evaluate_accepts_model_name_checkpoint_and_unlabeled_file(command, trained_run, tmp_path):
     test_file = write_unlabeled_test_file(tmp_path / "test file.pkl")
     status, out, _ = command("evaluate", "--model", "tiny", "--test-file", test_file)
     assert status == 0
@@ -70,13 +75,13 @@ def test_evaluate_accepts_model_name_checkpoint_and_unlabeled_file(command, tiny
     }  # fmt: skip
     assert metrics["images"] == 12
     assert "unlabeled" in (evaluation_dir / "report.html").read_text()
-    checkpoint = next((only_run(tmp_path) / "checkpoints").glob("latest_*.pt"))
+    checkpoint = next((trained_run / "checkpoints").glob("latest_*.pt"))
     assert command("evaluate", "--checkpoint", checkpoint)[0] == 0
 
 
+@pytest.mark.usefixtures("trained_run")
 @pytest.mark.parametrize("tta", ["flip", "shift"])
-def test_evaluate_with_tta_adds_its_metrics_to_the_plain_ones(command, tiny_file, tmp_path, cifar_root, tta):
-    command("train", "--config", tiny_file)
+def test_evaluate_with_tta_adds_its_metrics_to_the_plain_ones(command, tmp_path, cifar_root, drawn_figures, tta):
     command("evaluate")
     plain_dir = only_evaluation(tmp_path)
     plain_files = snapshot(plain_dir)
@@ -113,9 +118,9 @@ def fixed_probabilities(monkeypatch):
 
 
 def test_evaluate_logs_per_class_metrics_of_predictions(
-    command, tiny_file, cifar_root, monkeypatch, fixed_probabilities
+    command, copy_run, cifar_root, monkeypatch, fixed_probabilities
 ):
-    command("train", "--config", tiny_file, "--set", "data.val_size=0")  # without temperature
+    copy_run("data.val_size=0")  # without temperature
     labels, predicted = load_test_labels(cifar_root), fixed_probabilities.argmax(1).numpy()
     confidences = fixed_probabilities.amax(1).numpy()
     plotted = []
@@ -137,8 +142,8 @@ def test_evaluate_logs_per_class_metrics_of_predictions(
         assert row == [name, str(in_class.sum()), *percentages, str(as_class.sum()), share, confidence]
 
 
-def test_evaluate_logs_first_predictions_and_marks_errors(command, tiny_file, cifar_root, fixed_probabilities):
-    command("train", "--config", tiny_file, "--set", "data.val_size=0")  # without temperature
+def test_evaluate_logs_first_predictions_and_marks_errors(command, copy_run, cifar_root, fixed_probabilities):
+    copy_run("data.val_size=0")  # without temperature
     labels, predicted = load_test_labels(cifar_root), fixed_probabilities.argmax(1).numpy()
     samples = command("evaluate")[1].split("sample predictions")[1].splitlines()[2:12]
     for index, line in enumerate(samples):
@@ -150,10 +155,9 @@ def test_evaluate_logs_first_predictions_and_marks_errors(command, tiny_file, ci
 
 
 @pytest.fixture
-def two_models(command, tiny_file, tmp_path):
+def two_models(trained_run, train_once, tmp_path):
     """Best models of CIFAR-10 (tiny) and, later, of the synthetic dataset (shapes)."""
-    assert command("train", "--config", tiny_file)[0] == 0
-    assert command("train", "--config", tiny_file, "--set", "experiment=shapes", *SYNTHETIC)[0] == 0
+    shutil.copy(train_once(*SHAPES) / "best_models" / "shapes_best.pth", tmp_path / "outputs" / "best_models")
     for age, name in ((20, "tiny"), (10, "shapes")):
         path = tmp_path / "outputs" / "best_models" / f"{name}_best.pth"
         os.utime(path, (time.time() - age,) * 2)
@@ -190,7 +194,7 @@ def test_evaluate_chooses_latest_model_that_fits_the_data(command, tmp_path, opt
         (["--model", "shapes", "--test-file", "test.pkl"], "shapes", "test.pkl"),
         (["--checkpoint", "outputs/best_models/shapes_best.pth", "--test-file", "test.pkl"], "shapes", "test.pkl"),
         (["--model", "shapes", "--set", "data.dataset=cifar10"], "shapes", "cifar10 test set"),
-        (["--model", "tiny", "--set", "data.dataset=synthetic"], "tiny", "synthetic test set"),
+        (["--model", "tiny", *SYNTHETIC], "tiny", "synthetic test set"),
         (["--checkpoint", "outputs/best_models/tiny_best.pth", *SYNTHETIC], "tiny", "synthetic test set"),
     ],
     ids=str,
@@ -206,16 +210,16 @@ def test_evaluate_refuses_named_model_that_does_not_fit_the_data(command, tmp_pa
     assert snapshot(tmp_path) == before
 
 
-def test_evaluate_without_model_that_fits_is_refused(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, *SYNTHETIC)
+def test_evaluate_without_model_that_fits_is_refused(command, copy_run, tmp_path):
+    copy_run(*SHAPES)
     status, _, err = command("evaluate", "--test-file", write_unlabeled_test_file(tmp_path / "test.pkl"))
     assert status == 2
-    assert "tiny_best.pth: trained on the classes disk, " in err
+    assert "shapes_best.pth: trained on the classes disk, " in err
     assert not (tmp_path / "outputs" / "evaluations").exists()
 
 
-def test_evaluate_refuses_test_file_of_another_image_size(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_refuses_test_file_of_another_image_size(command, tmp_path):
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["record"]["config"]["data"]["image_size"] = 64
@@ -225,8 +229,8 @@ def test_evaluate_refuses_test_file_of_another_image_size(command, tiny_file, tm
     assert "tiny_best.pth: trained on images of 64 pixels" in err
 
 
-def test_evaluate_compares_order_of_classes(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_compares_order_of_classes(command, tmp_path):
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["record"]["class_names"] = checkpoint["record"]["class_names"][::-1]
@@ -236,8 +240,8 @@ def test_evaluate_compares_order_of_classes(command, tiny_file, tmp_path):
     assert "truck, ship" in err
 
 
-def test_evaluate_with_inaccessible_path_prints_one_line(command, tiny_file):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_with_inaccessible_path_prints_one_line(command):
     for options in (
         ["--test-file", "x" * 300],
         ["--set", f"data.root={'x' * 300}"],
@@ -251,14 +255,14 @@ def test_evaluate_with_inaccessible_path_prints_one_line(command, tiny_file):
         assert err.count("\n") == 1
 
 
-def test_evaluate_validates_overrides_with_the_configuration_of_the_checkpoint(command, tiny_file):
+def test_evaluate_validates_overrides_with_the_configuration_of_the_checkpoint(command, copy_run):
     """cutmix_p + mixup_p would be above 1 with the default of cutmix_p."""
-    command("train", "--config", tiny_file, "--set", "augment.cutmix_p=0")
+    copy_run("augment.cutmix_p=0")
     assert command("evaluate", "--set", "augment.mixup_p=0.5")[0] == 0
 
 
-def test_evaluate_of_moved_outputs_works(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_of_moved_outputs_works(command, tmp_path):
     command("evaluate")
     shutil.move(tmp_path / "outputs", tmp_path / "moved")
     (evaluation_dir,) = (tmp_path / "moved" / "evaluations").iterdir()
@@ -266,11 +270,11 @@ def test_evaluate_of_moved_outputs_works(command, tiny_file, tmp_path):
     assert command("evaluate", "--set", f"output_dir={tmp_path / 'moved'}")[0] == 0
 
 
-def test_evaluate_copies_checkpoint_without_symbolic_links(command, tiny_file, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_copies_checkpoint_without_symbolic_links(command, tmp_path, monkeypatch):
     def not_supported(*_):
         raise OSError("not supported")
 
-    command("train", "--config", tiny_file)
     monkeypatch.setattr(Path, "symlink_to", not_supported)
     assert command("evaluate")[0] == 0
     model_path = only_evaluation(tmp_path) / "model.pth"
@@ -278,14 +282,14 @@ def test_evaluate_copies_checkpoint_without_symbolic_links(command, tiny_file, t
     assert load_checkpoint(model_path)["record"].config["experiment"] == "tiny"
 
 
-def test_evaluate_without_validation_names_directory_val_acc_none(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, "--set", "data.val_size=0")
+def test_evaluate_without_validation_names_directory_val_acc_none(command, copy_run, tmp_path):
+    copy_run("data.val_size=0")
     assert command("evaluate", "--model", "tiny")[0] == 0
     assert only_evaluation(tmp_path).name.startswith("tiny_val_acc_none_")
 
 
-def test_evaluate_to_unwritable_output_dir_prints_one_line(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_to_unwritable_output_dir_prints_one_line(command, tmp_path):
     (tmp_path / "outputs" / "evaluations").write_text("a file, not a directory")
     status, _, err = command("evaluate")
     assert status == 2
@@ -293,9 +297,8 @@ def test_evaluate_to_unwritable_output_dir_prints_one_line(command, tiny_file, t
     assert err.count("\n") == 1
 
 
-def test_evaluate_that_fails_leaves_no_directory(command, tiny_file, tmp_path, monkeypatch):
-    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
-
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_that_fails_leaves_no_directory(command, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cifar_ignite import export
+from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.config import SyntheticConfig
 from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import TrainingError
@@ -18,14 +19,13 @@ export_module = importlib.import_module("cifar_ignite.export")  # cifar_ignite.e
 
 
 @pytest.fixture
-def overrides(command, tiny_file, tmp_path):
+def overrides(trained_run, tmp_path):
     """Overrides that name the output directory of a trained model."""
-    assert command("train", "--config", tiny_file)[0] == 0
     return [f"output_dir={tmp_path / 'outputs'}"]
 
 
 def test_exported_programs_match_evaluation(command, overrides, tmp_path):
-    """All four files, loaded without this project, against the probabilities of an evaluation."""
+    """All four files, loaded without this project, against the probabilities of an evaluation; and their metadata."""
     status, out, err = command("export")
     assert (status, err) == (0, "")
     directory = tmp_path / "outputs" / "exports"
@@ -51,32 +51,37 @@ def test_exported_programs_match_evaluation(command, overrides, tmp_path):
     graph = onnx.load(directory / "tiny_uint8.onnx").graph
     assert [entry.name for entry in graph.input] == ["images"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param  # a symbolic size: any batch size
+    temperature = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")["temperatures"]["plain"]
+    for name in names:
+        assert load_metadata(directory / name) == {"temperature": repr(temperature)}
 
 
-@pytest.mark.parametrize("has_temperature", [True, False])
-def test_exported_programs_name_the_temperature_in_their_metadata(overrides, tmp_path, has_temperature):
+def load_metadata(path):
+    """Return the temperature in the metadata of a program, and of ONNX programs all others."""
+    if path.suffix == ".onnx":
+        return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    metadata = {"temperature": ""}
+    torch.export.load(path, extra_files=metadata)
+    return {key: value for key, value in metadata.items() if value}
+
+
+def test_export_without_onnx_packages_and_temperature_writes_pt2_only(overrides, tmp_path, monkeypatch, caplog):
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     checkpoint = torch.load(path, weights_only=True)
-    expected = {"temperature": repr(checkpoint["temperatures"]["plain"])} if has_temperature else {}
-    if not has_temperature:
-        del checkpoint["temperatures"]
-        torch.save(checkpoint, path)
-    export(overrides=overrides)
-    directory = tmp_path / "outputs" / "exports"
-    for dtype in ("uint8", "float32"):
-        onnx_metadata = onnx.load(directory / f"tiny_{dtype}.onnx").metadata_props
-        assert {entry.key: entry.value for entry in onnx_metadata} == expected
-        metadata = {"temperature": ""}
-        torch.export.load(directory / f"tiny_{dtype}.pt2", extra_files=metadata)
-        assert metadata == (expected or {"temperature": ""})
-
-
-def test_export_without_onnx_packages_writes_pt2_only(overrides, monkeypatch, caplog):
+    del checkpoint["temperatures"]
+    torch.save(checkpoint, path)
     monkeypatch.setattr(export_module, "ONNX_PACKAGES", ("onnx", "no_such_package"))
     with caplog.at_level("INFO"):
         files = export(overrides=overrides)
     assert [path.name for path in files] == ["tiny_uint8.pt2", "tiny_float32.pt2"]
+    assert [load_metadata(path) for path in files] == [{}, {}]
     assert "no ONNX: no_such_package not installed; pip install no_such_package" in caplog.text
+
+
+def test_onnx_program_without_temperature_has_no_metadata(tmp_path):
+    program = export_module.export_program(torch.nn.Flatten(), torch.zeros(2, 3, 4, 4))
+    export_module.save_onnx(program, tmp_path / "a.onnx", {})
+    assert load_metadata(tmp_path / "a.onnx") == {}
 
 
 @pytest.mark.parametrize(("size", "count"), [(32, 256), (48, 113), (224, 5), (512, 2), (1024, 2)])

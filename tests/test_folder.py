@@ -1,5 +1,6 @@
 """Your own images through all commands."""
 
+import importlib
 import json
 import shutil
 
@@ -9,35 +10,59 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar_ignite import plots
 from cifar_ignite.checkpointing.io import load_checkpoint
+from cifar_ignite.config_io import parse_config
+from cifar_ignite.train import train as train_model
 from tests.evaluation.helpers import only_evaluation
-from tests.helpers import assert_same_training, only_run
+from tests.helpers import assert_same_training, only_run, save_blank_figure
 from tests.helpers.images import save_photo, smooth_image, write_photos
 from tests.helpers.runs import set_options
 
+export_module = importlib.import_module("cifar_ignite.export")  # cifar_ignite.export is the function
+pytestmark = pytest.mark.usefixtures("blank_figures")
 SIZE = 48
+TREE = {
+    "experiment": "photos",
+    "data": {"dataset": "folder", "root": "photos", "image_size": SIZE, "batch_size": 16},
+    "augment": {"mean": None, "std": None},
+    "model": {"width": 2},
+    "train": {"epochs": 2, "patience": None},
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Directory with photos and the outputs of a run of one epoch on them, which tests copy."""
+    directory = tmp_path_factory.mktemp("photos")
+    write_photos(directory / "photos", {"train": 20, "test": 6})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(directory)
+        patched.setattr(plots.Figure, "savefig", save_blank_figure)
+        train_model(parse_config(TREE, "test", ["train.epochs=1"]))
+    return directory
 
 
 @pytest.fixture
-def photos(tmp_path):
-    return write_photos(tmp_path / "photos", {"train": 20, "test": 6})
+def photos(originals, tmp_path):
+    return shutil.copytree(originals / "photos", tmp_path / "photos")
+
+
+@pytest.fixture
+def trained_run(originals, photos, tmp_path):
+    """Directory of a run of one epoch on the photos."""
+    shutil.copytree(originals / "outputs", tmp_path / "outputs")
+    return only_run(tmp_path)
 
 
 @pytest.fixture
 def train(command, tmp_path, photos):
     """A function that trains on the photos and returns what `command` does."""
-    tree = {
-        "experiment": "photos",
-        "data": {"dataset": "folder", "root": str(photos), "image_size": SIZE, "batch_size": 16},
-        "augment": {"mean": None, "std": None},
-        "model": {"width": 2},
-        "train": {"epochs": 2, "patience": None},
-    }
-    (tmp_path / "photos.json").write_text(json.dumps(tree))
+    (tmp_path / "photos.json").write_text(json.dumps(TREE))
     return lambda *words: command("train", "--config", tmp_path / "photos.json", *words)
 
 
-def test_folder_is_trained_evaluated_predicted_and_exported(train, command, tmp_path, photos):
+def test_folder_is_trained_evaluated_predicted_and_exported(train, command, tmp_path, photos, monkeypatch):
     status, out, err = train()
     assert (status, err) == (0, "")
     run_dir = only_run(tmp_path)
@@ -60,6 +85,7 @@ def test_folder_is_trained_evaluated_predicted_and_exported(train, command, tmp_
     for row in details.to_dict("records"):
         assert predicted.loc[str(photos / "test" / row["ID"]), "predicted"] == row["predicted"]
 
+    monkeypatch.setattr(export_module, "ONNX_PACKAGES", ["no_such_package"])  # slow; see test_export.py
     status, out, _ = command("export")
     assert status == 0
     assert f"input: images (N, 3, {SIZE}, {SIZE})" in out
@@ -79,25 +105,23 @@ def load_model_parameters(run_dir):
     return [weight for name, weight in weights.items() if "running" not in name and "num_batches" not in name]
 
 
-def test_folder_run_from_its_resolved_configuration_is_the_same(train, command, tmp_path):
-    assert train()[0] == 0
-    first = only_run(tmp_path)
-    assert command("train", "--config", first / "config.json")[0] == 0
-    (second,) = set(first.parent.iterdir()) - {first}
-    assert_same_training(first, second)
+def test_folder_run_from_its_resolved_configuration_is_the_same(command, trained_run):
+    assert command("train", "--config", trained_run / "config.json")[0] == 0
+    (second,) = set(trained_run.parent.iterdir()) - {trained_run}
+    assert_same_training(trained_run, second)
 
 
-def test_folder_run_is_resumed_with_unresolved_configuration(train, tmp_path):
+@pytest.mark.usefixtures("trained_run")
+def test_folder_run_is_resumed_with_unresolved_configuration(train):
     """The saved run has numbers where the configuration has null; that is no difference."""
-    assert train("--set", "train.epochs=1")[0] == 0
     status, out, _ = train("--resume", "latest", "--set", "train.epochs=2")
     assert status == 0
     assert "kept from the run" not in out
     assert "epoch 2/2" in out
 
 
-def test_folder_that_has_changed_is_not_resumed(train, tmp_path, photos):
-    assert train("--set", "train.epochs=1")[0] == 0
+@pytest.mark.usefixtures("trained_run")
+def test_folder_that_has_changed_is_not_resumed(train, photos):
     for path in (photos / "train").rglob("*"):
         if path.is_file():
             save_photo(Image.fromarray(255 - smooth_image(40, 40)), path.with_suffix(""), int(path.stem))
@@ -119,20 +143,20 @@ def test_folder_with_changed_training_image_is_not_resumed(train, photos):
     assert train("--resume", "latest", "--allow-changes", "--set", "train.epochs=2")[0] == 0
 
 
+@pytest.mark.usefixtures("trained_run")
 def test_folder_with_other_classes_is_not_resumed(train, photos):
-    assert train("--set", "train.epochs=1")[0] == 0
     (photos / "train" / "cat").rename(photos / "train" / "ant")
     status, _, err = train("--resume", "latest", "--set", "train.epochs=2")
     assert status == 2
     assert "trained on the classes cat, dog, fish; those of the dataset are ant, dog, fish" in err
 
 
-def test_models_of_other_photos_are_not_compared(train, command, tmp_path, photos):
-    assert "best_models/photos_best.pth updated by this run" in train()[1]
+def test_models_of_other_photos_are_not_compared(train, tmp_path, photos):
+    assert "best_models/photos_best.pth updated by this run" in train("--set", "train.epochs=1")[1]
     other = write_photos(tmp_path / "others", {"train": 20}, ("cat", "dog", "fish"))
     shutil.rmtree(other / "train" / "cat")
     shutil.copytree(photos / "train" / "dog", other / "train" / "cat")
-    status, out, _ = train("--set", f"data.root={other}")
+    status, out, _ = train("--set", "train.epochs=1", "--set", f"data.root={other}")
     assert status == 0
     assert "photos_best.pth unchanged: validated on other images" in out
 
@@ -144,8 +168,8 @@ def test_folder_with_validation_directory_reports_its_size(train, photos):
     assert "data        60 training images, 18 validation images" in out
 
 
-def test_unlabeled_test_set_is_predicted(train, command, tmp_path, photos):
-    assert train()[0] == 0
+@pytest.mark.usefixtures("trained_run")
+def test_unlabeled_test_set_is_predicted(command, tmp_path, photos):
     shutil.rmtree(photos / "test")
     (photos / "test").mkdir()
     for index in range(12):
@@ -156,6 +180,7 @@ def test_unlabeled_test_set_is_predicted(train, command, tmp_path, photos):
     assert "accuracy" not in json.loads((directory / "metrics.json").read_text())
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_data_command_prints_table_and_draws_samples(command, tmp_path, photos):
     options = {"data.dataset": "folder", "data.root": photos, "output_dir": tmp_path / "outputs"}
     status, out, err = command("data", *set_options(options))
@@ -230,8 +255,7 @@ def test_invalid_folder_is_refused_in_one_line(train, refused, tmp_path, photos,
     assert message in refused("train", "--config", tmp_path / "photos.json")
 
 
-def test_class_of_the_test_set_that_was_not_trained_is_refused(train, refused, photos):
-    assert train("--set", "train.epochs=1")[0] == 0
+def test_class_of_the_test_set_that_was_not_trained_is_refused(trained_run, refused, photos):
     (photos / "test" / "cat").rename(photos / "test" / "lion")
     assert "test: lion is no class of the training images (cat, dog, fish)" in refused("evaluate")
 

@@ -119,8 +119,8 @@ def test_translate_write_errors_lets_errors_about_other_files_through(tmp_path):
             path.read_text()
 
 
-def test_missing_template_is_named(command, tiny_file, monkeypatch):
-    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
+@pytest.mark.usefixtures("trained_run")
+def test_missing_template_is_named(command, monkeypatch):
     monkeypatch.setattr(report, "TEMPLATE", "missing.html.j2")
     status, _, err = command("evaluate")
     assert status == 1
@@ -129,8 +129,8 @@ def test_missing_template_is_named(command, tiny_file, monkeypatch):
     assert err.count("\n") == 1
 
 
-def test_evaluate_needs_no_directory_for_temporary_files(command, tiny_file, monkeypatch):
-    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
+@pytest.mark.usefixtures("trained_run")
+def test_evaluate_needs_no_directory_for_temporary_files(command, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/nonexistent")
     assert command("evaluate")[0] == 0
 

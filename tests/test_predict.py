@@ -17,10 +17,7 @@ from tests.evaluation.helpers import only_evaluation
 from tests.helpers import snapshot
 from tests.helpers.images import smooth_image
 
-
-@pytest.fixture
-def trained(command, tiny_file):
-    assert command("train", "--config", tiny_file)[0] == 0
+pytestmark = pytest.mark.usefixtures("blank_figures", "trained_run")
 
 
 def write_unreadable_files(directory, png):
@@ -34,7 +31,6 @@ def write_unreadable_files(directory, png):
     (directory / "bomb.png").write_bytes(png[:8] + chunk + png[33:])
 
 
-@pytest.mark.usefixtures("trained")
 def test_predict_warns_of_each_unreadable_file_and_predicts_the_rest(command, tmp_path):
     directory = tmp_path / "my images"
     directory.mkdir()
@@ -63,7 +59,6 @@ def test_predict_warns_of_each_unreadable_file_and_predicts_the_rest(command, tm
     assert "25 of 29 files" in out
 
 
-@pytest.mark.usefixtures("trained")
 def test_predict_matches_evaluate(command, tmp_path, cifar_root):
     """The test images, saved as PNG: the same probabilities as in details.csv, plain and with TTA."""
     dataset = load_dataset(DataConfig(root=cifar_root), train=False)
@@ -81,7 +76,6 @@ def test_predict_matches_evaluate(command, tmp_path, cifar_root):
     assert table["predicted"].tolist() == [CIFAR10_CLASSES[label] for label in labels]
 
 
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -104,7 +98,6 @@ def test_predict_without_readable_image_writes_nothing(command, tmp_path, path, 
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.usefixtures("trained")
 def test_predict_keeps_file_name_that_is_not_utf8(command, tmp_path):
     name = os.fsdecode(b"caf\xe9\n.png")
     (tmp_path / "images").mkdir()
@@ -123,7 +116,6 @@ def test_predict_keeps_file_name_that_is_not_utf8(command, tmp_path):
     assert Path(files[0]).exists()
 
 
-@pytest.mark.usefixtures("trained")
 def test_predict_writes_complete_file_or_nothing(command, tmp_path, monkeypatch):
     def fail_in_the_middle(table, file, **_):
         file.write("file,predicted")

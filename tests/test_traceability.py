@@ -12,7 +12,9 @@ from cifar_ignite.compare import diff_settings, load_environments
 from cifar_ignite.training import environment
 from tests.evaluation.helpers import only_evaluation
 from tests.helpers import assert_same_training, only_run
-from tests.helpers.runs import latest_checkpoint, set_options
+from tests.helpers.runs import latest_checkpoint
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 @pytest.fixture
@@ -49,9 +51,10 @@ def test_run_directory_and_all_checkpoints_record_the_environment(command, tiny_
     assert f"environment python {recorded['python']}, torch {torch.__version__}" in out
 
 
-def test_run_resumed_elsewhere_records_both_environments_and_the_same_weights(command, tiny_file, tmp_path, machine):
-    command("train", "--config", tiny_file, *set_options({"output_dir": tmp_path / "uninterrupted"}))
-    (uninterrupted,) = (tmp_path / "uninterrupted" / "training_runs").iterdir()
+def test_run_resumed_elsewhere_records_both_environments_and_the_same_weights(
+    command, tiny_file, train_once, tmp_path, machine
+):
+    (uninterrupted,) = (train_once() / "training_runs").iterdir()
     machine("CPU one", "train")
     command("train", "--config", tiny_file, "--set", "train.epochs=2")
     run_dir = only_run(tmp_path)
@@ -70,15 +73,13 @@ def test_run_resumed_elsewhere_records_both_environments_and_the_same_weights(co
         assert expected in page
 
 
-def test_run_resumed_in_the_same_environment_records_it_once(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+def test_run_resumed_in_the_same_environment_records_it_once(command, tiny_file, trained_run):
     assert command("train", "--config", tiny_file, "--resume", "latest", "--set", "train.epochs=3")[0] == 0
-    assert len(json.loads((only_run(tmp_path) / "environment.json").read_text())) == 1
+    assert len(json.loads((trained_run / "environment.json").read_text())) == 1
 
 
-def test_checkpoints_without_environments_are_resumed_and_evaluated(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
-    run_dir, best = only_run(tmp_path), tmp_path / "outputs" / "best_models" / "tiny_best.pth"
+def test_checkpoints_without_environments_are_resumed_and_evaluated(command, tiny_file, trained_run, tmp_path):
+    run_dir, best = trained_run, tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     for path in (*sorted((run_dir / "checkpoints").iterdir()), best):  # the latest checkpoint stays the latest file
         without_environments(path)
     assert command("evaluate")[0] == 0
@@ -88,8 +89,7 @@ def test_checkpoints_without_environments_are_resumed_and_evaluated(command, tin
     assert recorded["from_iteration"] == 8
 
 
-def test_evaluation_records_its_own_environment(command, tiny_file, tmp_path, machine):
-    command("train", "--config", tiny_file)
+def test_evaluation_records_its_own_environment(command, trained_run, tmp_path, machine):
     machine("CPU two", "evaluate --set precision=fp32")
     command("evaluate", "--set", "precision=fp32")
     evaluation_dir = only_evaluation(tmp_path)

@@ -59,14 +59,15 @@ def test_train_writes_checkpoints_logs_and_best_model(command, tiny_file, tmp_pa
     assert best.epoch == table["val_acc"].idxmax() + 1
 
 
-def test_training_with_saved_configuration_reproduces_run(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, *set_options({"seed": 5}))
-    first = only_run(tmp_path)
+@pytest.mark.usefixtures("blank_figures")
+def test_training_with_saved_configuration_reproduces_run(command, copy_run, tmp_path):
+    first = copy_run("seed=5")
     command("train", "--config", first / "config.json", *set_options({"output_dir": tmp_path / "again"}))
     (second,) = (tmp_path / "again" / "training_runs").iterdir()
     assert_same_training(first, second)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_train_without_validation_keeps_last_model(command, tiny_file, tmp_path):
     """Early stopping is off, and the name of the best model contains val_acc_none."""
     status, out, _ = command("train", "--config", tiny_file, *set_options({"data.val_size": 0, "train.patience": 1}))
@@ -79,6 +80,7 @@ def test_train_without_validation_keeps_last_model(command, tiny_file, tmp_path)
     assert all(torch.equal(best["model"][name], weight) for name, weight in last["model"].items())
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_diverging_run_exits_with_1_and_names_iteration(command, tiny_file):
     """With a learning rate that overflows."""
     words = set_options({"optimizer.lr": 1e30, "train.epochs": 30})

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
+from cifar_ignite.evaluate import evaluate
 from cifar_ignite.evaluation.metrics import most_confident_errors
 from cifar_ignite.evaluation.report import (
     confusion_cells,
@@ -18,7 +20,7 @@ from cifar_ignite.evaluation.report import (
     training_curves,
 )
 from tests.evaluation.helpers import only_evaluation, write_unlabeled_test_file
-from tests.helpers import epoch_metrics, write_cifar100
+from tests.helpers import epoch_metrics, write_cifar10, write_cifar100
 from tests.helpers.runs import set_options
 
 
@@ -42,11 +44,16 @@ class Page(html.parser.HTMLParser):
         self.words.append(data)
 
 
-@pytest.fixture
-def evaluation_dir(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, "--set", "train.epochs=3")
-    assert command("evaluate", "--tta", "flip")[0] == 0
-    return only_evaluation(tmp_path)
+@pytest.fixture(scope="module")
+def evaluation_dir(train_once, tmp_path_factory):
+    """Directory of an evaluation with drawn figures, which tests only read."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(train_once(), directory / "outputs")
+    write_cifar10(directory / "data")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(directory)
+        evaluate(tta="flip")
+    return only_evaluation(directory)
 
 
 def test_report_shows_metrics_images_and_confusion_matrix(evaluation_dir):
@@ -90,8 +97,8 @@ def test_figures_of_evaluation_are_not_empty(evaluation_dir):
         assert (pixels < 250).mean() > min_fraction, name
 
 
-def test_report_escapes_user_strings(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("blank_figures", "trained_run")
+def test_report_escapes_user_strings(command, tmp_path):
     test_file = write_unlabeled_test_file(tmp_path / "<b>&amp;.pkl")
     command("evaluate", "--test-file", test_file)
     page = Page((only_evaluation(tmp_path) / "report.html").read_text())
@@ -115,6 +122,7 @@ def test_confusion_cells_have_readable_text():
             assert (light + 0.05) / (dark + 0.05) >= 4.5, cell
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_report_of_many_classes_shows_errors_and_most_frequent_confusions(command, tmp_path):
     """100 classes: no text for zeros, a scrolling table, and a list of the largest cells."""
     root = write_cifar100(tmp_path / "data", train=400, test=200)

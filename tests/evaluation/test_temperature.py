@@ -16,10 +16,12 @@ from tests.helpers.runs import latest_checkpoint
 PROBABILITIES = list(CIFAR10_CLASSES)
 
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
+
 @pytest.fixture
-def best_model(command, tiny_file, tmp_path):
+def best_model(trained_run, tmp_path):
     """Best model of a run, with clearly different temperatures."""
-    assert command("train", "--config", tiny_file)[0] == 0
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     set_temperatures(path, {"plain": 0.25, "flip": 0.5, "shift": 4.0})
     return path
@@ -123,8 +125,8 @@ def test_checkpoints_without_temperature_are_evaluated_and_predicted_with(best_m
     assert "temperature none: " in command("predict", tmp_path / "a.png")[1]
 
 
-def test_model_without_validation_images_is_evaluated_without_temperature(command, tiny_file, evaluate):
-    command("train", "--config", tiny_file, "--set", "data.val_size=0")
+def test_model_without_validation_images_is_evaluated_without_temperature(copy_run, evaluate):
+    copy_run("data.val_size=0")
     _, metrics, _, out = evaluate()
     assert metrics["temperature"] is None
     assert "temperature none: " in out

@@ -13,12 +13,12 @@ from cifar_ignite.errors import InputError
 from cifar_ignite.evaluation import trained_model
 from cifar_ignite.evaluation.trained_model import NormalizedModel, find_best_model, load_model, load_trained_model
 from tests.helpers import posix_only
+from tests.helpers.runs import latest_checkpoint
 
 
 @pytest.fixture
-def trained_names(command, tiny_file, tmp_path):
+def trained_names(trained_run, tmp_path):
     """A function that writes best models under names, from the latest to the oldest, and returns their directory."""
-    assert command("train", "--config", tiny_file)[0] == 0
     directory = tmp_path / "outputs" / "best_models"
     model = (directory / "tiny_best.pth").read_bytes()
     (directory / "tiny_best.pth").unlink()
@@ -85,27 +85,25 @@ def test_find_best_model_without_any_names_the_fix(tmp_path):
         find(tmp_path / "best_models", None)
 
 
-def test_load_trained_model_keeps_weights_on_cpu_for_gpu_device(command, tiny_file, monkeypatch):
+@pytest.mark.usefixtures("trained_run")
+def test_load_trained_model_keeps_weights_on_cpu_for_gpu_device(monkeypatch):
     """A rank knows its GPU only after the process group is initialized."""
-    assert command("train", "--config", tiny_file)[0] == 0
     monkeypatch.setattr(trained_model, "select_device", lambda name: torch.device("cuda"))
     trained = load_trained_model(None, None)
     assert trained.device.type == "cuda"
     assert all(parameter.device.type == "cpu" for parameter in trained.model.parameters())
 
 
-def test_load_trained_model_prefers_ema_weights(command, tiny_file, tmp_path):
-    command("train", "--config", tiny_file, "--set", "train.ema_decay=0.9")
-    (run_dir,) = (tmp_path / "outputs" / "training_runs").iterdir()
-    path = max((run_dir / "checkpoints").glob("latest_*.pt"))
+def test_load_trained_model_prefers_ema_weights(copy_run):
+    path = latest_checkpoint(copy_run("train.ema_decay=0.9"))
     saved = torch.load(path, weights_only=True)
     state_dict = load_trained_model(path, None).model.state_dict()
     assert all(torch.equal(state_dict[name], weight) for name, weight in saved["ema"].items())
     assert not all(torch.equal(saved["model"][name], weight) for name, weight in saved["ema"].items())
 
 
-def test_load_trained_model_rejects_weights_of_another_configuration(command, tiny_file):
-    command("train", "--config", tiny_file)
+@pytest.mark.usefixtures("trained_run")
+def test_load_trained_model_rejects_weights_of_another_configuration():
     with pytest.raises(InputError, match="tiny_best.pth: the weights do not match the configured hybrid_resnet"):
         load_trained_model(None, None, ["model.width=4"])
 

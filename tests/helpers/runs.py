@@ -46,3 +46,12 @@ def send_signal(signum: signal.Signals = signal.SIGTERM) -> None:
 def raise_disk_full(*_: object, **__: object) -> None:
     """Fail as any write to a full disk does."""
     raise OSError(28, "No space left on device")
+
+
+class Stop(Exception):
+    """Ends a run."""
+
+
+def stop(*_: object) -> None:
+    """End a run; as `attach` of `train`, before its first iteration."""
+    raise Stop

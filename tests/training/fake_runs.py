@@ -23,13 +23,13 @@ from tests.training.helpers import CPU
 train_command = importlib.import_module("cifar_ignite.train")  # cifar_ignite.train is the function
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.json") if path.stem != "schema")
 PRECISIONS = ("fp32", "bf16", "fp16")
-LOG_EVERY = 3
-# Four iterations per epoch, of which the last has a smaller batch.
+LOG_EVERY = 5
+# Three iterations per epoch, in training and validation, of which the last has a smaller batch.
 OVERRIDES = (
     "data.dataset=synthetic",
-    "data.synthetic.train_size=34",
-    "data.synthetic.test_size=14",
-    "data.val_size=20",
+    "data.synthetic.train_size=20",
+    "data.synthetic.test_size=10",
+    "data.val_size=10",
     "data.batch_size=4",
     "train.epochs=2",
     "train.ema_decay=0.9",

@@ -1,14 +1,16 @@
 """The figure of the first training batch."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from cifar_ignite.augment.elementwise import normalize
 from cifar_ignite.config import AugmentConfig
+from cifar_ignite.train import train
 from cifar_ignite.training.batch_figure import to_uint8
-from tests.helpers import only_run
-from tests.helpers.runs import latest_checkpoint
+from tests.helpers import assert_same_training, only_run
+from tests.helpers.runs import Stop, call_at_iteration, stop
 
 
 def test_to_uint8_undoes_normalization():
@@ -17,27 +19,33 @@ def test_to_uint8_undoes_normalization():
     assert torch.equal(to_uint8(normalized, AugmentConfig()), images.permute(0, 2, 3, 1))
 
 
-def test_run_draws_first_batch_and_trains_the_same_without(command, tiny_file, tmp_path, monkeypatch):
-    assert command("train", "--config", tiny_file)[0] == 0
-    first = only_run(tmp_path)
-    figure = first / "logs" / "figures" / "train_batch.png"
-    assert (np.asarray(Image.open(figure).convert("L")) < 250).mean() > 0.2
+def figure_of(run_dir):
+    return run_dir / "logs" / "figures" / "train_batch.png"
+
+
+def test_first_batch_is_drawn(tiny_config, tmp_path):
+    with pytest.raises(Stop):
+        train(tiny_config(), attach=call_at_iteration(1, stop))
+    assert (np.asarray(Image.open(figure_of(only_run(tmp_path))).convert("L")) < 250).mean() > 0.2
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_run_with_figure_of_its_first_batch_trains_the_same_as_without(trained_run, tiny_config, tmp_path, monkeypatch):
+    assert figure_of(trained_run).exists()
     monkeypatch.setattr("cifar_ignite.training.state.attach_batch_figure", lambda *arguments: None)
-    assert command("train", "--config", tiny_file)[0] == 0
-    (second,) = set(first.parent.iterdir()) - {first}
-    assert not (second / "logs" / "figures" / "train_batch.png").exists()
-    weights, others = (torch.load(latest_checkpoint(run), weights_only=True)["model"] for run in (first, second))
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    other = train(tiny_config(), overrides=[f"output_dir={tmp_path / 'other'}"]).run_dir
+    assert not figure_of(other).exists()
+    assert_same_training(trained_run, other)
 
 
-def test_resumed_run_keeps_figure_of_its_first_batch(command, tiny_file, tmp_path):
-    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
-    figure = only_run(tmp_path) / "logs" / "figures" / "train_batch.png"
-    before = figure.read_bytes(), figure.stat().st_mtime_ns
-    assert command("train", "--config", tiny_file, "--resume", "latest", "--set", "train.epochs=2")[0] == 0
-    assert (figure.read_bytes(), figure.stat().st_mtime_ns) == before
+@pytest.mark.usefixtures("blank_figures")
+def test_resumed_run_keeps_figure_of_its_first_batch(trained_run, tiny_config):
+    figure_of(trained_run).write_bytes(b"kept")
+    train(tiny_config(), resume=trained_run, overrides=["train.epochs=3"])
+    assert figure_of(trained_run).read_bytes() == b"kept"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_figure_that_cannot_be_drawn_is_a_warning(command, tiny_file, monkeypatch):
     def fail(*_):
         raise OSError("no fonts")

@@ -24,6 +24,8 @@ from cifar_ignite.training.forward import create_tta_forward
 from tests.helpers import assert_same_training, only_run
 from tests.helpers.runs import set_options
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def draw_calibrated(count, scale=2.0, seed=0):
     """Return logits, float64 (count, 10), and labels drawn from their softmax: a perfectly calibrated model."""
@@ -117,9 +119,9 @@ def load_val_set(path):
 
 
 @pytest.mark.parametrize("ema_decay", ["null", "0.5"])
-def test_best_model_has_the_temperatures_of_its_validation_images(command, tiny_file, tmp_path, ema_decay):
+def test_best_model_has_the_temperatures_of_its_validation_images(copy_run, tmp_path, ema_decay):
     """The same images, predicted by the saved model as an evaluation does."""
-    command("train", "--config", tiny_file, *set_options({"train.epochs": 4, "train.ema_decay": ema_decay}))
+    copy_run("train.epochs=4", f"train.ema_decay={ema_decay}")
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     saved = load_checkpoint(path)["temperatures"]
     trained = load_trained_model(path, None)
@@ -159,9 +161,10 @@ class Killed(BaseException):
     """Ends a run as if its process was killed."""
 
 
-def test_run_killed_while_temperatures_are_fitted_is_resumed_bit_for_bit(command, tiny_file, tmp_path, monkeypatch):
-    command("train", "--config", tiny_file, *set_options({"output_dir": tmp_path / "uninterrupted"}))
-    (uninterrupted,) = (tmp_path / "uninterrupted" / "training_runs").iterdir()
+def test_run_killed_while_temperatures_are_fitted_is_resumed_bit_for_bit(
+    command, tiny_file, train_once, tmp_path, monkeypatch
+):
+    (uninterrupted,) = (train_once() / "training_runs").iterdir()
 
     def die(*_):
         raise Killed
@@ -177,9 +180,9 @@ def test_run_killed_while_temperatures_are_fitted_is_resumed_bit_for_bit(command
     assert load_checkpoint(path)["temperatures"].keys() == {"plain", "flip", "shift"}
 
 
-def test_model_saved_without_temperatures_gets_all_of_them(command, tiny_file, tmp_path):
+@pytest.mark.usefixtures("trained_run")
+def test_model_saved_without_temperatures_gets_all_of_them(tmp_path):
     """The run began before temperatures were fitted, and no later epoch was better."""
-    command("train", "--config", tiny_file)
     path = tmp_path / "outputs" / "best_models" / "tiny_best.pth"
     expected = load_checkpoint(path)["temperatures"]
     checkpoint = torch.load(path, weights_only=True)

@@ -70,6 +70,7 @@ class NondeterministicOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("recipe", CONFIGS)
 def test_training_has_no_nondeterministic_operators(tmp_path, recipe):
     config = load_config(REPOSITORY / "configs" / f"{recipe}.json", [*OVERRIDES, f"output_dir={tmp_path}"])

@@ -3,6 +3,7 @@
 torch's backward pass needs a real device; its gradients are replaced by zeros.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from cifar_ignite.evaluation.trained_model import NormalizedModel
 from cifar_ignite.export import example_images, export_program
 from cifar_ignite.training import handlers, loggers, state
 from cifar_ignite.training.state import create_initial_model
+from tests.helpers.runs import Stop, stop
 from tests.training.fake_cuda import (
     CUDA,
     HostCopyError,
@@ -45,7 +47,16 @@ from tests.training.fake_runs import (
 )
 from tests.training.helpers import CPU
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA"),
+    pytest.mark.usefixtures("blank_figures"),
+]
+# Every recipe once, and one with Muon and stochastic depth in every precision.
+IN_ALL_PRECISIONS = "hybrid_fast"
+RUNS = [
+    *((IN_ALL_PRECISIONS, precision) for precision in PRECISIONS),
+    *zip([recipe for recipe in CONFIGS if recipe != IN_ALL_PRECISIONS], itertools.cycle(PRECISIONS)),
+]
 
 
 @pytest.fixture
@@ -53,7 +64,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     """A function that trains a recipe for two epochs on fake CUDA tensors, with everything that a run attaches."""
     attach_stop_check = handlers.attach_stop_check
 
-    def run(recipe: str, *overrides: str) -> None:
+    def run(recipe: str, *overrides: str, **extra: Any) -> None:
         config = load_tiny_config(recipe, f"output_dir={tmp_path}", *overrides)
         with fake_cuda() as mode:
 
@@ -63,7 +74,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
                 forbid_waiting(evaluator, mode)
 
             monkeypatch.setattr(handlers, "attach_stop_check", attach)
-            train_command.train(config)
+            train_command.train(config, **extra)
 
     prepare_training(monkeypatch, CUDA)
     return run
@@ -72,20 +83,20 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 # --- Training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("recipe", CONFIGS)
+@pytest.mark.parametrize(("recipe", "precision"), RUNS)
 def test_training_never_waits_for_device(train, recipe, precision):
     train(recipe, f"precision={precision}")
 
 
 @pytest.mark.parametrize("mixing", ["cutmix", "mixup"])
 def test_mixing_never_waits_for_device(train, mixing):
-    train("se", "augment.cutmix_p=0", "augment.mixup_p=0", f"augment.{mixing}_p=1")
+    train("se", "augment.cutmix_p=0", "augment.mixup_p=0", f"augment.{mixing}_p=1", "train.epochs=1")
 
 
 def test_run_uses_tf32_only_if_configured(train):
     for precision in ("tf32", "fp32"):
-        train("demo", f"precision={precision}", "train.epochs=1")
+        with pytest.raises(Stop):
+            train("demo", f"precision={precision}", attach=stop)
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
 
 
@@ -111,8 +122,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluation]:
     return run
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("tta", ["flip", "shift"])
+@pytest.mark.parametrize(("tta", "precision"), [("flip", "fp32"), ("shift", "bf16"), ("shift", "fp16")])
 def test_evaluation_never_waits_for_device(evaluate, tta, precision):
     evaluation = evaluate(tta, precision)
     assert len(evaluation.result.predictions) == len(evaluation.tta_result.predictions) == len(evaluation.dataset)
@@ -127,13 +137,19 @@ def run_exported_program(model: nn.Module, images: Tensor) -> Tensor:
         return forward(images)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_exported_program_runs_on_device(dtype):
+def test_exported_program_runs_on_device():
     config = load_tiny_config("hybrid_best")
     model = NormalizedModel(create_initial_model(config, 10, CPU), config.augment, CIFAR10_CLASSES)
-    logits = run_exported_program(model, example_images(32, dtype)[:4])
+    logits = run_exported_program(model, example_images(32, torch.uint8)[:4])
     assert logits.shape == (4, 10)
     assert logits.device == CUDA
+
+
+def test_exported_program_normalizes_float_images_on_device():
+    model = NormalizedModel(nn.Identity(), load_tiny_config("hybrid_best").augment, CIFAR10_CLASSES)
+    images = run_exported_program(model, example_images(32, torch.float32)[:4])
+    assert images.shape == (4, 3, 32, 32)
+    assert images.device == CUDA
 
 
 # --- Planted faults: the tests above notice ------------------------------------------------------------------------

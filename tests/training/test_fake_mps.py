@@ -30,16 +30,19 @@ from tests.training.fake_runs import (
     with_loss_fault,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fake MPS tensors need torch for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="fake MPS tensors need torch for Linux"),
+    pytest.mark.usefixtures("blank_figures"),
+]
 
 
 @pytest.fixture
 def train(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
-    """A function that trains a recipe for two epochs on fake MPS tensors and returns the names of its operators."""
+    """A function that trains a recipe for one epoch on fake MPS tensors and returns the names of its operators."""
     prepare_training(monkeypatch, MPS)
 
     def run(recipe: str, *overrides: str) -> set[str]:
-        config = load_tiny_config(recipe, f"output_dir={tmp_path}", *overrides)
+        config = load_tiny_config(recipe, f"output_dir={tmp_path}", "train.epochs=1", *overrides)
         with fake_mps() as mode:
             train_command.train(config)
         return mode.names
@@ -67,7 +70,7 @@ def test_training_works_within_limits_of_mps(train, recipe, precision):
 @pytest.mark.parametrize("mixing", ["cutmix", "mixup"])
 def test_augmentation_works_within_limits_of_mps(train, mixing):
     overrides = ["augment.cutmix_p=0", "augment.mixup_p=0", f"augment.{mixing}_p=1", "augment.cutout_size=8"]
-    train("se", *overrides, "augment.trivial_augment=wide", "augment.crop_padding=2", "train.epochs=1")
+    train("se", *overrides, "augment.trivial_augment=wide", "augment.crop_padding=2")
 
 
 @pytest.mark.parametrize(("tta", "precision"), [("flip", "fp32"), ("shift", "fp16")])
