@@ -1,5 +1,6 @@
 """The command line. Invalid input: exit status 2, one line on stderr, no traceback, nothing created or changed."""
 
+import json
 import os
 import pickle
 import shutil
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from cifar_ignite.data import cifar_files
-from tests.helpers import REPOSITORY
+from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
+from tests.helpers import REPOSITORY, only_run
 from tests.helpers.runs import latest_checkpoint, set_options
 
 
@@ -152,6 +154,18 @@ def test_missing_truncated_and_malicious_data_files_are_refused(refused, tiny_fi
     err = refused("train", "--config", tiny_file)
     assert f"{path.parent}: no file data_batch_2" in err
     assert "delete" not in err
+
+
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize("is_malicious", [True, False])
+def test_commands_never_read_batches_meta(command, tiny_file, tmp_path, cifar_root, is_malicious):
+    marker = tmp_path / "marker"
+    contents = Payload(marker) if is_malicious else {b"label_names": [name.encode() for name in CIFAR10_CLASSES[::-1]]}
+    (cifar_root / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(contents))
+    assert command("train", "--config", tiny_file, "--set", "train.epochs=1")[0] == 0
+    assert command("evaluate")[0] == 0
+    assert json.loads((only_run(tmp_path) / "classes.json").read_text()) == list(CIFAR10_CLASSES)
+    assert not marker.exists()
 
 
 def test_failed_download_is_refused_with_alternatives(refused, tiny_file, cifar_root, monkeypatch):

@@ -1,6 +1,8 @@
 """Every path that a user can name: one line and exit status 2 if it cannot be used; the cause and the file at fault."""
 
+import errno
 import os
+import resource
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from cifar_ignite.evaluation import report
 from cifar_ignite.evaluation.trained_model import load_trained_model
 from cifar_ignite.export import export_program, save_pt2
 from cifar_ignite.files import translate_write_errors
-from tests.test_environment import run_python
 
 LONG = 300 * "a"
 
@@ -144,28 +145,23 @@ def test_system_error_is_one_line_with_its_file(command, monkeypatch):
     assert (status, err) == (1, "cifar_ignite: /some/file: Permission denied\n")
 
 
-EXPORT = """
-import resource, sys, torch
-from pathlib import Path
-from tests.test_paths import small_program
-from cifar_ignite.export import save_pt2
-program = small_program()
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    save_pt2(program, Path(sys.argv[1]), {})
-except OSError as error:
-    print(error.strerror)
-"""
-
-
 def small_program():
     return export_program(nn.Linear(100, 100), torch.zeros(2, 100))
 
 
 def test_export_to_full_disk_raises(tmp_path):
-    """A file of limited size; torch's writer would end the process."""
-    done = run_python("-c", EXPORT, tmp_path / "a.pt2")
-    assert (done.returncode, done.stdout) == (0, "File too large\n"), done.stderr
+    """A file of limited size, in a process of its own, which torch's writer would end."""
+    program, pid = small_program(), os.fork()
+    if not pid:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            save_pt2(program, tmp_path / "a.pt2", {})
+        except OSError as error:
+            status = error.errno
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EFBIG
 
 
 def test_save_pt2_returns_the_saved_program(tmp_path):

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.config_io import load_config
@@ -81,11 +82,19 @@ def test_train_without_validation_keeps_last_model(command, tiny_file, tmp_path)
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_diverging_run_exits_with_1_and_names_iteration(command, tiny_file):
-    """With a learning rate that overflows."""
-    words = set_options({"optimizer.lr": 1e30, "train.epochs": 30})
+@pytest.mark.parametrize("ema_decay", ["null", 0.5])
+def test_diverging_run_exits_with_1_and_saves_finite_values_only(command, tiny_file, tmp_path, ema_decay):
+    """With a learning rate that overflows, and a checkpoint after every iteration."""
+    options = {"optimizer.lr": 1e30, "train.epochs": 30, "train.ema_decay": ema_decay, "train.save_every_seconds": 0}
+    words = set_options(options)
     status, _, err = command("train", "--config", tiny_file, *words)
     assert status == 1
     assert re.match(r"cifar_ignite: the (gradient|validation loss) is not finite at epoch \d+, iteration \d+", err)
     assert "latest checkpoint before it: " in err
     assert err.count("\n") == 1
+    paths = list((only_run(tmp_path) / "checkpoints").iterdir())
+    assert paths
+    for path in paths:
+        leaves = tree_leaves(torch.load(path, weights_only=True))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.isfinite().all() for tensor in tensors), path
