@@ -94,6 +94,7 @@ def native_functions() -> dict[str, str]:
     return {declaration.partition("(")[0]: declaration for declaration in declarations}
 
 
+@lru_cache
 def has_mps_kernel(name: str) -> bool:
     """Return whether torch has a kernel for an operator on MPS.
 
