@@ -37,32 +37,29 @@ def test_exported_programs_match_evaluation(command, overrides, tmp_path):
     trained = load_trained_model(None, None, [*overrides, "precision=fp32"])
     dataset = make_synthetic(SyntheticConfig(test_size=256, seed=5), train=False)
     expected, _ = run_inference(trained, create_inference_forward(trained), dataset)
+    temperature = load_checkpoint(trained.path)["temperatures"]["plain"]
     for name in names:
+        program, metadata = load_program(directory / name)
+        assert metadata == {"temperature": repr(temperature)}
         images = dataset.images if "uint8" in name else dataset.images / 255
         for batch_size in (1, 2, 256):
-            batch = images[:batch_size]
-            if name.endswith(".pt2"):
-                logits = torch.export.load(directory / name).module()(batch)
-            else:
-                session = onnxruntime.InferenceSession(directory / name)
-                logits = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+            logits = program(images[:batch_size])
             assert logits.dtype == torch.float32
             assert torch.allclose(logits, expected[:batch_size], atol=1e-4), (name, batch_size)
     graph = onnx.load(directory / "tiny_uint8.onnx").graph
     assert [entry.name for entry in graph.input] == ["images"]
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param  # a symbolic size: any batch size
-    temperature = load_checkpoint(tmp_path / "outputs" / "best_models" / "tiny_best.pth")["temperatures"]["plain"]
-    for name in names:
-        assert load_metadata(directory / name) == {"temperature": repr(temperature)}
 
 
-def load_metadata(path):
-    """Return the temperature in the metadata of a program, and of ONNX programs all others."""
+def load_program(path):
+    """Return the function from images to logits of an exported program, and its metadata."""
     if path.suffix == ".onnx":
-        return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        session = onnxruntime.InferenceSession(path)
+        metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+        return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), metadata
     metadata = {"temperature": ""}
-    torch.export.load(path, extra_files=metadata)
-    return {key: value for key, value in metadata.items() if value}
+    program = torch.export.load(path, extra_files=metadata)
+    return program.module(), {key: value for key, value in metadata.items() if value}
 
 
 def test_export_without_onnx_packages_and_temperature_writes_pt2_only(overrides, tmp_path, monkeypatch, caplog):
@@ -74,14 +71,14 @@ def test_export_without_onnx_packages_and_temperature_writes_pt2_only(overrides,
     with caplog.at_level("INFO"):
         files = export(overrides=overrides)
     assert [path.name for path in files] == ["tiny_uint8.pt2", "tiny_float32.pt2"]
-    assert [load_metadata(path) for path in files] == [{}, {}]
+    assert [load_program(path)[1] for path in files] == [{}, {}]
     assert "no ONNX: no_such_package not installed; pip install no_such_package" in caplog.text
 
 
 def test_onnx_program_without_temperature_has_no_metadata(tmp_path):
     program = export_module.export_program(torch.nn.Flatten(), torch.zeros(2, 3, 4, 4))
     export_module.save_onnx(program, tmp_path / "a.onnx", {})
-    assert load_metadata(tmp_path / "a.onnx") == {}
+    assert load_program(tmp_path / "a.onnx")[1] == {}
 
 
 @pytest.mark.parametrize(("size", "count"), [(32, 256), (48, 113), (224, 5), (512, 2), (1024, 2)])
