@@ -86,13 +86,6 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the figures of training, which take half of the time of a tiny run."""
-    monkeypatch.setattr("cifar_ignite.plots.plot_training_curves", lambda *_: None)
-    monkeypatch.setattr("cifar_ignite.image_plots.plot_train_batch", lambda *_: None)
-
-
-@pytest.fixture
 def cifar_root(tmp_path: Path) -> Path:
     """data/cifar-10-batches-py with 5 x 24 training and 30 test images."""
     return write_cifar10(tmp_path / "data")

@@ -44,7 +44,7 @@ def test_make_creates_venv_if_python_lacks_the_package(tmp_path):
     assert out.endswith("\n.venv/bin/python -m cifar_ignite compare\n")
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_make_train_passes_spaces_and_quotes_unchanged(tmp_path, command):
     """The shell that make starts passes the words to a program that writes them down; they are those of a run."""
     output_dir, python = tmp_path / "it's here", tmp_path / "python"

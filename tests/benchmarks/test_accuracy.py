@@ -12,7 +12,7 @@ from cifar_ignite.config import Config
 from cifar_ignite.training.environment import format_commit
 from tests.benchmarks.helpers import run_benchmark
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def test_accuracy_evaluates_last_weights_of_each_seed(tmp_path, tiny_file):

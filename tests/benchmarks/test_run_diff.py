@@ -8,7 +8,7 @@ import torch
 from benchmarks.run_diff import diff_runs, diff_trees
 from tests.helpers import only_run
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def test_diff_trees_of_equal_trees_is_empty():

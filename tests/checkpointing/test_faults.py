@@ -89,7 +89,7 @@ def test_log_directories_replaced_by_files_warn_once(train, tmp_path):
 # --- Checkpoints --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_failing_checkpoints_end_run_with_previous_ones_valid(train, tmp_path, monkeypatch):
     num_saves = 0
     original = torch.save
@@ -115,7 +115,7 @@ def test_failing_checkpoints_end_run_with_previous_ones_valid(train, tmp_path, m
         load_checkpoint(path)
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_deleted_run_directory_ends_run_with_one_line(train, tmp_path):
     attach = call_at_iteration(6, lambda: shutil.rmtree(only_run(tmp_path)))
     status, out, err = train(*STATEFUL, *set_options({"train.max_save_failures": 1}), attach=attach)
@@ -125,7 +125,7 @@ def test_deleted_run_directory_ends_run_with_one_line(train, tmp_path):
     assert out.count("cannot write metrics.csv") == 1
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_failed_save_of_last_best_model_is_repeated_by_resume(train, tmp_path, monkeypatch):
     """It ends the run with status 1, because no later epoch would save it."""
     attach = set_val_accs([0.1, 0.2])
@@ -146,7 +146,7 @@ def test_failed_save_of_last_best_model_is_repeated_by_resume(train, tmp_path, m
     assert promoted.epoch == 2
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_deleted_best_model_is_reported_at_the_end(train):
     status, out, err = train(
         attach=lambda state: state.trainer.add_event_handler(Events.COMPLETED, lambda: state.best.path.unlink())
@@ -155,7 +155,7 @@ def test_deleted_best_model_is_reported_at_the_end(train):
     assert "best model  not updated: " in out
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_end_of_run_reports_whose_model_is_the_best(train, tmp_path):
     """Also if the last epoch is not the best one."""
     assert "tiny_best.pth updated by this run" in train(*STATEFUL, attach=set_val_accs([0.3, 0.5, 0.4, 0.2]))[1]
@@ -169,7 +169,7 @@ def test_end_of_run_reports_whose_model_is_the_best(train, tmp_path):
 # --- Memory and divergence ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_exhausted_memory_ends_run_with_one_line(train):
     """Whatever the allocator raises: the errors are in tests/test_errors.py."""
 
@@ -184,7 +184,7 @@ def test_exhausted_memory_ends_run_with_one_line(train):
     assert re.search(r"latest checkpoint before it: .*latest_000000004\.pt\n$", err)
 
 
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("iteration", [1, 7])
 def test_non_finite_gradient_ends_run_and_resume_is_bit_identical(
     train, uninterrupted, tmp_path, monkeypatch, iteration
@@ -215,7 +215,7 @@ def test_non_finite_gradient_ends_run_and_resume_is_bit_identical(
 
 
 @posix_only
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("blank_figures")
 def test_runs_killed_at_random_moments_are_bit_identical(monkeypatch, capsys):
     """The benchmark itself, shortened: 3 runs, stopped by SIGKILL, SIGTERM and SIGINT, also while saving."""
     monkeypatch.setattr(sys, "argv", ["faults", "--runs", "3", "--seed", "1"])

@@ -22,7 +22,7 @@ from cifar_ignite.evaluation.trained_model import find_best_model
 from tests.helpers import only_run, posix_only
 
 OLD, NEW = 100, 200
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def write(path, modified=OLD, text="x"):

@@ -20,7 +20,7 @@ from tests.helpers import REPOSITORY, assert_same_training, only_run, posix_only
 from tests.helpers.runs import STATEFUL, call_at_iteration, latest_checkpoint, send_signal, set_options
 
 RESUME = ("--resume", "latest")
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 class Killed(BaseException):

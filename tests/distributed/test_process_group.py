@@ -51,7 +51,7 @@ train_module = importlib.import_module("cifar_ignite.train")  # cifar_ignite.tra
 # 2 epochs of 4 iterations.
 OPTIONS = {"train.epochs": 2, "train.patience": 4, "train.ema_decay": 0.8}
 RESUME = ("--resume", "latest")
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 @pytest.fixture
