@@ -28,7 +28,7 @@ from cifar_ignite.evaluation.report import Evaluation, write_report
 from cifar_ignite.evaluation.trained_model import TrainedModel, check_fits, load_trained_model, log_temperature
 from cifar_ignite.files import create_unique_dir, timestamp, translate_write_errors, write_text
 from cifar_ignite.training.environment import describe_environment
-from cifar_ignite.training.forward import create_tta_forward
+from cifar_ignite.training.forward import Forward, create_tta_forward
 
 NUM_SAMPLES = 10
 
@@ -83,14 +83,14 @@ def load_test_set(trained: TrainedModel, test_file: Path | None) -> ImageDataset
 
 def evaluate_model(trained: TrainedModel, dataset: ImageDataset, dataset_name: str, tta: str | None) -> Evaluation:
     """Evaluate a trained model on a dataset, and with test-time augmentation if `tta` names one."""
-    result = _evaluate_with(trained, dataset, None)
-    tta_result = _evaluate_with(trained, dataset, tta) if tta else None
+    forward = create_inference_forward(trained)
+    result = _evaluate_with(trained, forward, dataset, None)
+    tta_result = _evaluate_with(trained, forward, dataset, tta) if tta else None
     environment = describe_environment(trained.device, trained.config.precision)
     return Evaluation(trained, dataset, dataset_name, environment, result, tta, tta_result)
 
 
-def _evaluate_with(trained: TrainedModel, dataset: ImageDataset, tta: str | None) -> EvaluationResult:
-    forward = create_inference_forward(trained)
+def _evaluate_with(trained: TrainedModel, forward: Forward, dataset: ImageDataset, tta: str | None) -> EvaluationResult:
     logits, metrics = run_inference(trained, create_tta_forward(forward, tta) if tta else forward, dataset)
     log_temperature(trained, tta)
     return compute_metrics(dataset, logits, metrics, trained.record.class_names, trained.temperature(tta))
