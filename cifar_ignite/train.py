@@ -114,7 +114,7 @@ def train(
 
     Raises:
         InputError: If the configuration, dataset or checkpoint is invalid; nothing was written.
-        TrainingError: If training diverged, checkpoints can no longer be written, or a signal was received
+        TrainingError: If training diverged, checkpoints or the best model cannot be written, or a signal was received
             (`TrainingInterrupted`); the latest checkpoints are valid.
     """
     env = dist_env_from_environ()
