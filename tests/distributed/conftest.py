@@ -12,8 +12,7 @@ import torch
 from benchmarks import forked_jobs
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import DistributedContext, distributed_context
-
-TIMEOUT = 60
+from tests.distributed.helpers import TIMEOUT
 
 
 @pytest.fixture

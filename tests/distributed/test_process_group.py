@@ -41,7 +41,7 @@ from cifar_ignite.training.calibration import fit_temperature
 from cifar_ignite.training.engines import create_evaluator
 from cifar_ignite.training.forward import create_forward, create_tta_forward
 from cifar_ignite.training.metrics import attach_metrics
-from tests.distributed.conftest import TIMEOUT
+from tests.distributed.helpers import TIMEOUT
 from tests.helpers import REPOSITORY, assert_same_training, only_run
 from tests.helpers.images import write_photos
 from tests.helpers.runs import call_at_iteration, latest_checkpoint, raise_disk_full, send_signal, set_options

@@ -8,6 +8,18 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 CPU = torch.device("cpu")
+# Of a shipped configuration: a tiny training on the CPU.
+CPU_OVERRIDES = (
+    "device=cpu",
+    "compile=off",
+    "data.dataset=synthetic",
+    "data.synthetic.train_size=24",
+    "data.val_size=8",
+    "data.batch_size=8",
+    "model.width=2",
+    "train.epochs=2",
+    "train.ema_decay=0.9",
+)
 NO_SCALER = GradScaler("cpu", enabled=False)
 
 

@@ -15,20 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from cifar_ignite.config_io import load_config
 from tests.helpers import REPOSITORY
+from tests.training.helpers import CPU_OVERRIDES
 
 train_command = importlib.import_module("cifar_ignite.train")  # cifar_ignite.train is the function
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.json") if path.stem != "schema")
-OVERRIDES = (
-    "device=cpu",
-    "compile=off",
-    "data.dataset=synthetic",
-    "data.synthetic.train_size=24",
-    "data.val_size=8",
-    "data.batch_size=8",
-    "model.width=2",
-    "train.epochs=2",
-    "train.ema_decay=0.9",
-)
 # Operators that add with atomic operations on a GPU; sums of integers do not depend on their order.
 NONDETERMINISTIC_FOR_FLOATS = {"cumsum", "index_add", "put", "scatter_add", "scatter_reduce", "histc", "bincount"}
 NONDETERMINISTIC = {
@@ -73,7 +63,7 @@ class NondeterministicOperators(TorchDispatchMode):
 @pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("recipe", CONFIGS)
 def test_training_has_no_nondeterministic_operators(tmp_path, recipe):
-    config = load_config(REPOSITORY / "configs" / f"{recipe}.json", [*OVERRIDES, f"output_dir={tmp_path}"])
+    config = load_config(REPOSITORY / "configs" / f"{recipe}.json", [*CPU_OVERRIDES, f"output_dir={tmp_path}"])
     with NondeterministicOperators() as operators:
         train_command.train(config)
     assert {"convolution_backward", "native_batch_norm_backward", "_fused_sgd"} <= operators.names

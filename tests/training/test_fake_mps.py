@@ -20,7 +20,6 @@ from cifar_ignite.evaluate import evaluate_model
 from cifar_ignite.evaluation.report import Evaluation
 from cifar_ignite.training import handlers, metrics, optimizers, state
 from tests.helpers import REPOSITORY
-from tests.training import test_determinism as determinism
 from tests.training.fake_mps import MPS, fake_mps, has_mps_kernel
 from tests.training.fake_runs import (
     create_trained_model,
@@ -29,6 +28,7 @@ from tests.training.fake_runs import (
     train_command,
     with_loss_fault,
 )
+from tests.training.helpers import CPU_OVERRIDES
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="fake MPS tensors need torch for Linux"),
@@ -82,7 +82,7 @@ def test_evaluation_works_within_limits_of_mps(tta, precision):
 @pytest.mark.parametrize("recipe", ["se", "hybrid_best"])
 def test_backward_pass_has_kernels_on_mps(tmp_path, recipe):
     """The operators of a training on a CPU, the backward pass included, apart from those that only a CPU has."""
-    overrides = (*determinism.OVERRIDES, f"output_dir={tmp_path}", "train.epochs=1")
+    overrides = (*CPU_OVERRIDES, f"output_dir={tmp_path}", "train.epochs=1")
     with OperatorNames() as operators:
         train_command.train(load_config(REPOSITORY / "configs" / f"{recipe}.json", overrides))
     assert {"convolution_backward", "native_batch_norm_backward"} <= operators.names

@@ -1,0 +1,3 @@
+"""Constants of the distributed tests."""
+
+TIMEOUT = 60  # seconds in which a process must end
