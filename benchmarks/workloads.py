@@ -15,7 +15,7 @@ from cifar_ignite.data.batch_entries import CIFAR_SIZE
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader, create_loaders, shard_slice
-from cifar_ignite.distributed.collectives import wrap_ddp
+from cifar_ignite.distributed.collectives import is_single_process, wrap_ddp
 from cifar_ignite.training import handlers
 from cifar_ignite.training.device import (
     enable_deterministic_algorithms,
@@ -119,7 +119,9 @@ def create_setup(config: Config, dataset: ImageDataset) -> Setup:
         loader=loader,
         model=model,
         forward=wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm),
-        optimizer=create_optimizer(config.optimizer, model, amp_dtype),
+        optimizer=create_optimizer(
+            config.optimizer, model, amp_dtype, use_cuda_graph=config.compile != "off" and is_single_process()
+        ),
         loss_fn=nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing),
         scaler=GradScaler(device.type, enabled=amp_dtype == torch.float16),
     )

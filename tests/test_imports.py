@@ -23,7 +23,7 @@ LAYERS = (
     {"models"},
     {"image_plots"},
     {"config_io", "plots"},
-    {"config"},
+    {"config", "cuda_graphs"},
     {"config_fields"},
     {"files"},
     {"errors"},

@@ -193,9 +193,15 @@ def create_loaders(
             f"use at least {shard.world_size}"
         )
     train_set = train_set.to(device)
-    is_compiled = config.compile == "on" and batch_size <= len(train_set)
-    compile_for = train_set.images[:batch_size] if is_compiled else None
-    transform = create_train_transform(config.augment, train_set.num_classes, config.train.epochs, compile_for)
+    batch = train_set.images[:batch_size] if batch_size <= len(train_set) else None
+    transform = create_train_transform(
+        config.augment,
+        train_set.num_classes,
+        config.train.epochs,
+        compile_for=batch if config.compile == "on" else None,
+        # Nobody has measured CUDA graphs in several processes.
+        graph_for=batch if config.compile != "off" and shard.world_size == 1 else None,
+    )
     train_loader = TrainLoader(train_set, batch_size=batch_size, seed=config.seed, transform=transform, shard=shard)
     if not len(val_set):
         return train_loader, None

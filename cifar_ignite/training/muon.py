@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from cifar_ignite.augment.elementwise import constant
+from cifar_ignite.cuda_graphs import TensorFunction, record_cuda_graph
 
 
 class Muon(SGD):
@@ -29,6 +31,7 @@ class Muon(SGD):
         *,
         muon_options: dict[str, Any],
         dtype: torch.dtype,
+        use_cuda_graph: bool = False,
         **sgd_options: Any,
     ) -> None:
         """
@@ -37,11 +40,14 @@ class Muon(SGD):
             conv_weights: Parameters of Muon, (out_channels, in_channels, height, width) each.
             muon_options: "lr", the step along each orthogonal direction, and "momentum", Nesterov's, in [0, 1).
             dtype: Dtype of the matrix products, float32 or bfloat16.
+            use_cuda_graph: Whether the update of the convolution weights is recorded, see `record_cuda_graph`.
             sgd_options: Options of SGD, which is fused unless they differ.
         """
         muon_group = {"params": conv_weights, "weight_decay": 0.0, **muon_options}
         super().__init__([*groups, muon_group], **({"fused": True} | sgd_options))
-        self.dtype = dtype
+        self.dtype, self.use_cuda_graph = dtype, use_cuda_graph
+        self._graph_key: tuple[float, ...] = ()
+        self._graph: TensorFunction = self._update_weights
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -49,31 +55,57 @@ class Muon(SGD):
         group = self.param_groups[-1]
         weights = [weight for weight in group["params"] if weight.grad is not None]
         if weights:
-            self._step_muon(weights, group["lr"], group["momentum"])
+            grad = _concatenate([weight.grad for weight in weights if weight.grad is not None])
+            lr = torch.full((), group["lr"], device=grad.device)
+            found_inf = getattr(self, "found_inf", None)
+            found_inf = torch.zeros_like(lr) if found_inf is None else found_inf
+            self._muon_update(weights)(grad, lr, found_inf)
         for weight in weights:
             weight.grad = None  # SGD skips it
         super().step()
 
-    def _step_muon(self, weights: list[Tensor], lr: float, momentum: float) -> None:
-        """Update convolution weights as one vector: on a GPU, kernel launches take longer than the arithmetic."""
+    def _muon_update(self, weights: list[Tensor]) -> TensorFunction:
+        """Return `_update_weights` of these weights, recorded if requested; again if they or their momentum moved."""
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        update = partial(self._update_weights, weights, buffers)
+        if not self.use_cuda_graph:
+            return update
+        key = (self.param_groups[-1]["momentum"], *(tensor.data_ptr() for tensor in (*weights, *buffers)))
+        if key != self._graph_key:
+            grad, one = _concatenate(weights), torch.ones((), device=weights[0].device)
+            # The recording calls the function, which then skips the update.
+            self._graph_key, self._graph = key, record_cuda_graph(update, grad, one, one)
+        return self._graph
+
+    def _update_weights(
+        self, weights: list[Tensor], buffers: list[Tensor], grad: Tensor, lr: Tensor, found_inf: Tensor
+    ) -> Tensor:
+        """Update convolution weights as one vector: on a GPU, kernel launches take longer than the arithmetic.
+
+        Args:
+            weights: Weights (out_channels, in_channels, height, width), changed in place.
+            buffers: Their momentum, changed in place.
+            grad: Their concatenated gradients.
+            lr: Learning rate, float ().
+            found_inf: Float (); nothing changes unless it is 0.
+
+        Returns:
+            Bool (), whether the update was skipped.
+        """
+        momentum = self.param_groups[-1]["momentum"]
         old_weight, old_buffer = _concatenate(weights), _concatenate(buffers)
-        grad = _concatenate([weight.grad for weight in weights if weight.grad is not None])
         buffer = torch.add(grad, old_buffer, alpha=momentum)
-        direction = grad.add_(buffer, alpha=momentum).to(self.dtype)
+        direction = torch.add(grad, buffer, alpha=momentum).to(self.dtype)
         update = _concatenate(orthogonalize_all(_split(direction, weights))).to(old_weight.dtype)
-        new_weight = _norm_scale(old_weight, weights).mul_(old_weight).sub_(update, alpha=lr)
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            is_skipped = found_inf > 0
-            new_weight = torch.where(is_skipped, old_weight, new_weight)
-            buffer = torch.where(is_skipped, old_buffer, buffer)
+        new_weight = _norm_scale(old_weight, weights).mul_(old_weight).sub_(update.mul_(lr))
+        is_skipped = found_inf > 0
         # torch has no public operators over a list of tensors (checked with torch 2.11 and 2.14).
-        torch._foreach_copy_(weights, _split(new_weight, weights))
-        torch._foreach_copy_(buffers, _split(buffer, buffers))
+        torch._foreach_copy_(weights, _split(torch.where(is_skipped, old_weight, new_weight), weights))
+        torch._foreach_copy_(buffers, _split(torch.where(is_skipped, old_buffer, buffer), buffers))
+        return is_skipped
 
 
 def _concatenate(weights: list[Tensor]) -> Tensor:

@@ -17,7 +17,9 @@ def find_conv_weights(model: nn.Module) -> list[Tensor]:
     return [weight for weight in weights if weight.requires_grad]
 
 
-def create_optimizer(config: OptimizerConfig, model: nn.Module, amp_dtype: torch.dtype) -> torch.optim.SGD:
+def create_optimizer(
+    config: OptimizerConfig, model: nn.Module, amp_dtype: torch.dtype, *, use_cuda_graph: bool = False
+) -> torch.optim.SGD:
     """Return SGD with a group of weights and a group of one-dimensional parameters, and a third one of Muon.
 
     Fused, so that an update can be skipped on the device (see `handlers.attach_grad_clipping`). Where it cannot be, a
@@ -27,6 +29,7 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module, amp_dtype: torch
         config: Algorithm and hyperparameters.
         model: Model to optimize.
         amp_dtype: Dtype of the training; Muon computes in bfloat16 if it is bfloat16.
+        use_cuda_graph: Whether the update of Muon may be a CUDA graph.
     """
     conv_weights = find_conv_weights(model) if config.name == "muon" else []
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -50,7 +53,9 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module, amp_dtype: torch
     else:
         dtype = torch.bfloat16 if amp_dtype == torch.bfloat16 else torch.float32
         muon_options = {"lr": config.muon_lr, "momentum": config.muon_momentum}
-        optimizer = Muon(groups, conv_weights, muon_options=muon_options, dtype=dtype, **options)
+        optimizer = Muon(
+            groups, conv_weights, muon_options=muon_options, dtype=dtype, use_cuda_graph=use_cuda_graph, **options
+        )
     _create_momentum_buffers(optimizer)
     return optimizer
 

@@ -21,7 +21,13 @@ from cifar_ignite.checkpointing.savers import CheckpointSaver, FaultTolerantSave
 from cifar_ignite.config import Config
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader
 from cifar_ignite.data.seeding import INITIAL_WEIGHTS, derive_seed
-from cifar_ignite.distributed.collectives import SyncedMetrics, all_reduce_max, check_sync_batch_norm, wrap_ddp
+from cifar_ignite.distributed.collectives import (
+    SyncedMetrics,
+    all_reduce_max,
+    check_sync_batch_norm,
+    is_single_process,
+    wrap_ddp,
+)
 from cifar_ignite.errors import InputError, first_line
 from cifar_ignite.models.registry import create_model
 from cifar_ignite.training import handlers, loggers
@@ -99,7 +105,8 @@ class TrainingState:
     def _create_training(self) -> None:
         config, model, loader, device = self.config, self.model, self.train_loader, self.device
         self.scaler = GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
-        self.optimizer = create_optimizer(config.optimizer, model, self.amp_dtype)
+        use_cuda_graph = config.compile != "off" and is_single_process()
+        self.optimizer = create_optimizer(config.optimizer, model, self.amp_dtype, use_cuda_graph=use_cuda_graph)
         loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         forward = create_training_forward(config, model, loader, self.amp_dtype)
         forward = wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm)

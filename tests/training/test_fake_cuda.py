@@ -181,8 +181,8 @@ def raise_if_norm_is_non_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def momentum_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(function: Any, *args: Any) -> Any:
-        optimizer = function(*args)
+    def create(function: Any, *args: Any, **options: Any) -> Any:
+        optimizer = function(*args, **options)
         for buffers in optimizer.state.values():
             buffers["momentum_buffer"] = torch.zeros(buffers["momentum_buffer"].shape)
         return optimizer
