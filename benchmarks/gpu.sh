@@ -11,7 +11,7 @@
 # Variables: PYTHON (python3); LIMIT, seconds in total (570); RUNS and MORE_RUNS, "recipe:seeds" before and after the
 # throughputs (RUNS with one more run each, for the time to an accuracy); CASES, "batch:compile" of the throughputs;
 # BENCH, seconds per case (15); KILLS, interrupted runs (1); RATE, images per second that the estimate assumes (20000: an
-# H100 trained 24,000 compiled, 10,000 not); JOBS, seeds trained at once (1; ten at once took four times as long as one
+# H100 trained 45,000 compiled, 22,000 not); JOBS, seeds trained at once (1; ten at once took four times as long as one
 # on an H100, so the estimate is too high, and their times are not those of a run alone); IMAGES (50000); ITERATIONS per
 # round (20); EPOCHS (the recipe's own); SET, more overrides, separated by spaces; UNPACK, a command that writes
 # cifar-10-batches-py to the directory appended to it (DATA is then that directory).
