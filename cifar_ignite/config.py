@@ -240,8 +240,8 @@ class Config(Section):
     GPU), or under autocast `bf16` or `fp16` (with a gradient scaler)"""
     compile: Annotated[Literal["auto", "on", "off"], Resume.SAFE] = "auto"
     """torch.compile for the training pass: `auto` (on a CPU or one CUDA GPU, for 2,000 iterations or more; a failure is
-    a warning), `on` (for the augmentation as well; a failure ends the run) or `off`; unless it is `off`, the augmentation
-    and the update of Muon are CUDA graphs on one CUDA GPU"""
+    a warning), `on` (for the augmentation as well; a failure ends the run) or `off`. Unless it is `off`, augmentation
+    and update of Muon are CUDA graphs on one CUDA GPU, however long the run is"""
     unsure_below: Annotated[Probability, Resume.SAFE] = 0.7
     """confidence below which `predict` marks a prediction as unsure; `evaluate` reports the accuracy above it"""
     data: DataConfig = DataConfig()

@@ -1,23 +1,28 @@
 """CUDA graphs without a GPU: what is recorded when, and that recorded functions give the results of the functions."""
 
+import contextlib
 import copy
+import gc
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cifar_ignite import cuda_graphs
 from cifar_ignite.augment import pipeline
 from cifar_ignite.config import AugmentConfig, Config, DataConfig, OptimizerConfig
+from cifar_ignite.config_io import load_config
 from cifar_ignite.cuda_graphs import record_cuda_graph
 from cifar_ignite.data import loaders
 from cifar_ignite.data.registry import load_dataset
+from cifar_ignite.errors import TrainingError
 from cifar_ignite.models.registry import create_model
-from cifar_ignite.training import muon
+from cifar_ignite.train import train
+from cifar_ignite.training import muon, state
 from cifar_ignite.training.optimizers import create_optimizer
-from tests.helpers.cuda_graphs import graph_in_static_memory
+from tests.helpers.cuda_graphs import record_in_static_memory
 from tests.training.fake_cuda import CUDA, fake_cuda
-from tests.training.helpers import CPU
+from tests.training.helpers import CPU, CPU_OVERRIDES
 
 
 @pytest.fixture
@@ -27,8 +32,7 @@ def recorded(monkeypatch):
 
     def record(function, *inputs):
         recordings.append(inputs)
-        graph = graph_in_static_memory(function, tuple(tensor.clone() for tensor in inputs))
-        return lambda *tensors: graph(*tensors).clone()
+        return record_in_static_memory(function, *inputs)
 
     for module in (pipeline, muon):
         monkeypatch.setattr(module, "record_cuda_graph", record)
@@ -38,40 +42,74 @@ def recorded(monkeypatch):
 # --- Recording ----------------------------------------------------------------------------------------------------
 
 
+class FakeDriver:
+    """Stands in for torch's functions about streams and generators, which need a GPU."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.is_collecting = SimpleNamespace(device=CUDA), True
+        self.streams = []
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", self.streams.append)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+
+    def record(self, monkeypatch, make_graph):
+        def make(function, inputs):
+            self.is_collecting = gc.isenabled()
+            return make_graph(function, inputs)
+
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+        self.sample = torch.ones(2, device=CUDA)
+        return record_cuda_graph(torch.neg, self.sample)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    with fake_cuda():
+        yield FakeDriver(monkeypatch)
+
+
 def test_function_on_cpu_is_returned_unchanged():
     assert record_cuda_graph(torch.neg, torch.ones(2)) is torch.neg
 
 
-def test_graph_is_recorded_on_copies_and_its_result_is_copied(monkeypatch):
-    calls = []
+def test_graph_is_recorded_on_copies_and_its_result_is_copied(driver, monkeypatch):
+    memory = []
 
     def make_graph(function, inputs):
-        calls.append(inputs)
+        memory.extend(inputs)
         return lambda *tensors: inputs[0]
 
-    with fake_cuda():
-        sample = torch.ones(2, device=CUDA)
-        monkeypatch.setattr(cuda_graphs.torch.cuda, "make_graphed_callables", make_graph)
-        result = record_cuda_graph(torch.neg, sample)(sample)
-        assert calls[0][0] is not sample
-        assert result is not calls[0][0]
+    result = driver.record(monkeypatch, make_graph)(driver.sample)
+    assert memory[0] is not driver.sample
+    assert result is not memory[0]
+
+
+def test_garbage_is_not_collected_while_recording(driver, monkeypatch):
+    driver.record(monkeypatch, lambda function, inputs: function)
+    assert not driver.is_collecting
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted\nand more"), torch.OutOfMemoryError("full")])
-def test_failure_is_logged_and_function_returned_unless_memory_is_full(monkeypatch, caplog, error):
+def test_failed_recording_is_logged_and_function_returned(driver, monkeypatch, caplog, error):
     def fail(function, inputs):
         raise error
 
-    with fake_cuda():
-        monkeypatch.setattr(cuda_graphs.torch.cuda, "make_graphed_callables", fail)
-        sample = torch.ones(2, device=CUDA)
-        if isinstance(error, torch.OutOfMemoryError):
-            with pytest.raises(torch.OutOfMemoryError):
-                record_cuda_graph(torch.neg, sample)
-            return
-        with caplog.at_level(logging.WARNING, "cifar_ignite"):
-            assert record_cuda_graph(torch.neg, sample) is torch.neg
-    assert "no CUDA graph (operation not permitted)" in caplog.text
+    with caplog.at_level(logging.WARNING, "cifar_ignite"):
+        assert driver.record(monkeypatch, fail) is torch.neg
+    assert "no CUDA graph" in caplog.text
+    assert driver.streams == [driver.stream]  # torch may have left it
+    assert gc.isenabled()
+
+
+def test_failed_recording_that_broke_generator_ends_run(driver, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("Offset increment outside graph capture")
+
+    monkeypatch.setattr(torch, "rand", fail)
+    with pytest.raises(TrainingError, match="compile=off"):
+        driver.record(monkeypatch, fail)
 
 
 # --- Augmentation -------------------------------------------------------------------------------------------------
@@ -91,21 +129,21 @@ def test_batches_are_those_without_graph(recorded, strong_off_fraction):
     )
     dataset = load_dataset(data, train=True)
     expected = create_loader(dataset, data, augment, compile="off", train={"epochs": 2})
-    assert recorded == []
     graphed = create_loader(dataset, data, augment, train={"epochs": 2})
-    assert [len(inputs[0]) for inputs in recorded] == [16] * (2 if strong_off_fraction else 1)
     batches = [[*expected, *expected], [*graphed, *graphed]]
+    assert [len(inputs[0]) for inputs in recorded] == [16] * (2 if strong_off_fraction else 1)
     for (images, targets), (other_images, other_targets) in zip(*batches, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(targets, other_targets)
 
 
-def test_no_graph_for_dataset_smaller_than_batch_or_in_several_processes(recorded, monkeypatch):
+def test_no_graph_of_smaller_batch_or_with_compile_off_or_in_several_processes(recorded, monkeypatch):
     data = DataConfig(dataset="synthetic", batch_size=16, synthetic={"train_size": 12})
-    create_loader(load_dataset(data, train=True), data, AugmentConfig())
+    list(create_loader(load_dataset(data, train=True), data, AugmentConfig()))
     data = DataConfig(dataset="synthetic", batch_size=16, synthetic={"train_size": 40})
+    list(create_loader(load_dataset(data, train=True), data, AugmentConfig(), compile="off"))
     monkeypatch.setattr(loaders.Shard, "current", lambda: loaders.Shard(0, 2))
-    create_loader(load_dataset(data, train=True), data, AugmentConfig())
+    list(create_loader(load_dataset(data, train=True), data, AugmentConfig()))
     assert recorded == []
 
 
@@ -136,3 +174,34 @@ def test_muon_makes_updates_of_muon_without_graph(recorded):
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
         graphed.load_state_dict(copy.deepcopy(graphed.state_dict()))
     assert len(recorded) == 2
+
+
+def test_muon_records_again_if_momentum_changes_or_weight_moves(recorded):
+    model = create_model("se_resnet", num_classes=10, width=2)
+    optimizer = create_optimizer(OptimizerConfig(name="muon"), model, torch.float32, use_cuda_graph=True)
+    make_steps(model, optimizer, (0, 1))
+    assert len(recorded) == 1
+    optimizer.param_groups[-1]["momentum"] = 0.5
+    make_steps(model, optimizer, (3,))
+    assert len(recorded) == 2
+    weight = model.stem[0].weight
+    weight.data = weight.data.clone()
+    before = weight.detach().clone()
+    make_steps(model, optimizer, (4,))
+    assert len(recorded) == 3
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(("compile_", "world_size", "expected"), [("auto", 1, 1), ("off", 1, 0), ("auto", 2, 0)])
+def test_training_records_update_of_muon(recorded, monkeypatch, tmp_path, compile_, world_size, expected):
+    """With one update; the augmentation of its only, smaller batch is not recorded."""
+    monkeypatch.setattr(state, "is_single_process", lambda: world_size == 1)
+    overrides = [
+        *CPU_OVERRIDES,
+        f"output_dir={tmp_path}",
+        f"compile={compile_}",
+        "data.batch_size=64",
+        "train.epochs=1",
+    ]
+    train(load_config("se_fast", overrides))
+    assert len(recorded) == expected

@@ -37,7 +37,7 @@ from cifar_ignite.augment.trivial_augment import (
     trivial_augment,
 )
 from cifar_ignite.config import STRONG_AUGMENT_OFF, AugmentConfig
-from cifar_ignite.cuda_graphs import record_cuda_graph
+from cifar_ignite.cuda_graphs import TensorFunction, record_cuda_graph
 from cifar_ignite.errors import TrainingError, first_line
 
 BatchTransform = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
@@ -50,7 +50,7 @@ def create_train_transform(
     num_classes: int,
     epochs: int,
     compile_for: Tensor | None = None,
-    graph_for: Tensor | None = None,
+    graph_batch: int = 0,
 ) -> BatchTransform:
     """Create the augmentation of training batches.
 
@@ -60,7 +60,7 @@ def create_train_transform(
         epochs: Number of epochs of the run; the last `strong_off_fraction` of them get flip and crop only.
         compile_for: Uint8 images (B, 3, H, W) on the device: batches of this shape go through torch.compile, smaller
             ones do not. None compiles nothing.
-        graph_for: The same for a CUDA graph, see `record_cuda_graph`.
+        graph_batch: Size of the batches that go through a CUDA graph, see `record_cuda_graph`; 0 records nothing.
 
     Returns:
         A function of images, uint8 (B, 3, H, W), labels, int64 (B,), the epoch (from 0) and a mask, bool (B,), of the
@@ -70,10 +70,9 @@ def create_train_transform(
     Raises:
         TrainingError: If compilation fails.
     """
-    strong = create_pipeline(config, num_classes, compile_for, graph_for)
+    strong = create_pipeline(config, num_classes, compile_for, graph_batch)
     weak_config = config.model_copy(update=STRONG_AUGMENT_OFF)
-    samples = (compile_for, graph_for) if config.strong_off_fraction else ()
-    weak = create_pipeline(weak_config, num_classes, *samples)
+    weak = create_pipeline(weak_config, num_classes, compile_for if config.strong_off_fraction else None, graph_batch)
 
     def transform(images: Tensor, labels: Tensor, epoch: int, flip_mask: Tensor) -> tuple[Tensor, Tensor]:
         is_weak = config.strong_off_fraction and epoch >= round(epochs * (1 - config.strong_off_fraction))
@@ -83,37 +82,38 @@ def create_train_transform(
 
 
 def create_pipeline(
-    config: AugmentConfig, num_classes: int, compile_for: Tensor | None = None, graph_for: Tensor | None = None
+    config: AugmentConfig, num_classes: int, compile_for: Tensor | None = None, graph_batch: int = 0
 ) -> Pipeline:
     """Create the augmentation of one epoch: as `create_train_transform`, without the argument for the epoch."""
     mix = create_cutmix_or_mixup(config, num_classes)
     compiled = augment_images if compile_for is None else _compile_augment_images(compile_for, config)
     compiled_batch = 0 if compile_for is None else len(compile_for)
 
+    @torch.no_grad()
     def augment(images: Tensor, flip_mask: Tensor) -> Tensor:
         params = random_augment_params(images, flip_mask, config)
         images = (compiled if len(images) == compiled_batch else augment_images)(images, params, config)
         return images.contiguous(memory_format=memory_format(images.device))
 
-    graph = augment if graph_for is None else record_cuda_graph(augment, graph_for, _no_flips(graph_for))
-    graph_batch = 0 if graph_for is None else len(graph_for)
+    graph: TensorFunction | None = None
 
     def pipeline(images: Tensor, labels: Tensor, flip_mask: Tensor) -> tuple[Tensor, Tensor]:
-        images = (graph if len(images) == graph_batch else augment)(images, flip_mask)
+        nonlocal graph
+        if len(images) == graph_batch:
+            graph = graph or record_cuda_graph(augment, images, flip_mask)
+            images = graph(images, flip_mask)
+        else:
+            images = augment(images, flip_mask)
         images, targets = mix(images, labels)
         return images.contiguous(memory_format=memory_format(images.device)), targets
 
     return pipeline
 
 
-def _no_flips(images: Tensor) -> Tensor:
-    """Return the mask, bool (B,), of images of which none is flipped."""
-    return torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-
+@torch.no_grad()
 def _compile_augment_images(images: Tensor, config: AugmentConfig) -> AugmentImages:
     """Return `augment_images` through torch.compile, compiled for batches like `images`; draws random parameters."""
-    params = random_augment_params(images, _no_flips(images), config)
+    params = random_augment_params(images, torch.zeros(len(images), dtype=torch.bool, device=images.device), config)
     # The eager call creates the cached constants, so that the compiled function has them among its inputs.
     augment_images(images, params, config)
     try:

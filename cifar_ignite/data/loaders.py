@@ -193,14 +193,14 @@ def create_loaders(
             f"use at least {shard.world_size}"
         )
     train_set = train_set.to(device)
-    batch = train_set.images[:batch_size] if batch_size <= len(train_set) else None
+    is_compiled = config.compile == "on" and batch_size <= len(train_set)
     transform = create_train_transform(
         config.augment,
         train_set.num_classes,
         config.train.epochs,
-        compile_for=batch if config.compile == "on" else None,
+        compile_for=train_set.images[:batch_size] if is_compiled else None,
         # Nobody has measured CUDA graphs in several processes.
-        graph_for=batch if config.compile != "off" and shard.world_size == 1 else None,
+        graph_batch=batch_size if config.compile != "off" and shard.world_size == 1 else 0,
     )
     train_loader = TrainLoader(train_set, batch_size=batch_size, seed=config.seed, transform=transform, shard=shard)
     if not len(val_set):

@@ -65,6 +65,7 @@ class CompileRecorder:
 
     def __call__(self, function, **options):
         def compiled(images, *arguments):
+            assert not torch.is_grad_enabled()  # in each mode it would be compiled separately
             self.sizes.append(len(images))
             return function(images, *arguments)
 

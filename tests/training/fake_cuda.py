@@ -11,9 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from cifar_ignite.augment import pipeline
 from cifar_ignite.augment.elementwise import CACHED_TENSORS
-from cifar_ignite.training import environment
-from tests.helpers.cuda_graphs import graph_in_static_memory
+from cifar_ignite.training import environment, muon
+from tests.helpers.cuda_graphs import record_in_static_memory
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -167,7 +168,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
     with (
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-        patch.object(torch.cuda, "make_graphed_callables", graph_in_static_memory),
+        patch.object(pipeline, "record_cuda_graph", record_in_static_memory),
+        patch.object(muon, "record_cuda_graph", record_in_static_memory),
         fake_device(FakeCuda()) as mode,
     ):
         yield mode
