@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -16,6 +17,9 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 
 from cifar_ignite.errors import InputError
+
+with contextlib.suppress(ModuleNotFoundError):  # Windows
+    import fcntl
 
 TEMP_SUFFIX = ".tmp"
 # What file systems without fsync for directories answer (CIFS, FUSE, WSL).
@@ -149,6 +153,26 @@ def remove_stale_temp_files(directory: Path, older_than: float = 0) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Lock a file within the block, or yield false if another process has locked it; create it if it is missing.
+
+    The system removes the lock when the process ends, however it ends. On Windows, and where a file cannot be locked,
+    nothing is.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("a"))
+            if "fcntl" in sys.modules:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            logger.info("%s: cannot be locked (%s)", path, error.strerror)
+        yield True
 
 
 def list_files(directory: Path, pattern: str) -> list[Path]:

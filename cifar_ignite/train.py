@@ -43,6 +43,7 @@ from cifar_ignite.errors import (
 from cifar_ignite.files import (
     atomic_write,
     create_unique_dir,
+    lock_file,
     remove_stale_temp_files,
     timestamp,
     translate_write_errors,
@@ -162,8 +163,8 @@ def _train(
         resume.check_compatible(model, len(loaders[0]))
         resume.check_same_data(class_names, *fingerprints)
     # A signal before this line exits the process at once: there is nothing to save.
-    with catch_signals(context) as flag:
-        run_dir = open_run_dir(config, class_names, resume.run_dir if resume else None, context.env)
+    with catch_signals(context) as flag, contextlib.ExitStack() as locks:
+        run_dir = open_run_dir(config, class_names, resume.run_dir if resume else None, context.env, locks)
         with log_file(run_dir / "logs" / "training.log"), append_latest_checkpoint(run_dir):
             log_start(config, model, (train_set, val_set), run_dir, resume)
             tree = config.model_dump(mode="json")
@@ -194,21 +195,24 @@ def load_splits(config: Config, device: torch.device) -> tuple[ImageDataset, Ima
 # --- The run directory --------------------------------------------------------------------------------------------
 
 
-def open_run_dir(config: Config, class_names: list[str], run_dir: Path | None, env: DistEnv) -> Path:
-    """Return the run directory to all ranks, created or cleaned by rank 0.
+def open_run_dir(
+    config: Config, class_names: list[str], run_dir: Path | None, env: DistEnv, locks: contextlib.ExitStack
+) -> Path:
+    """Return the run directory to all ranks, created or cleaned by rank 0, and locked until `locks` are closed.
 
     Args:
         config: Resolved configuration, written to config.json.
         class_names: Names in label order, written to classes.json.
         run_dir: Directory of a resumed run; None creates one named by the time.
         env: Place of this process.
+        locks: Stack that closes when the run ends.
 
     Raises:
-        InputError: If the directory cannot be written.
+        InputError: If the directory cannot be written, or another process is training in it.
     """
 
     def open_on_rank0() -> str:
-        opened = _create_or_clean(config, run_dir)
+        opened = _create_or_clean(config, run_dir, locks)
         write_json(opened / "config.json", config.model_dump(mode="json"))
         write_json(opened / "classes.json", class_names)
         publish_run_dir(opened, env)
@@ -217,12 +221,16 @@ def open_run_dir(config: Config, class_names: list[str], run_dir: Path | None, e
     return Path(broadcast_from_rank0(open_on_rank0))
 
 
-def _create_or_clean(config: Config, run_dir: Path | None) -> Path:
+def _create_or_clean(config: Config, run_dir: Path | None, locks: contextlib.ExitStack) -> Path:
     runs = config.output_dir / "training_runs"
     with translate_write_errors(run_dir or runs):
         run_dir = run_dir or create_unique_dir(runs, timestamp())
-        for directory in (run_dir, run_dir / "checkpoints", run_dir / "logs"):
+        directories = (run_dir, run_dir / "checkpoints", run_dir / "logs")
+        for directory in directories:
             directory.mkdir(exist_ok=True)
+        if not locks.enter_context(lock_file(run_dir / "logs" / "training.log")):
+            raise InputError(f"{run_dir}: another process is training in this directory; stop it before resuming")
+        for directory in directories:
             remove_stale_temp_files(directory)
         remove_stale_temp_files(config.output_dir / "best_models", older_than=STALE_AFTER_SECONDS)
     return run_dir

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import sys
 import threading
 import time
 
@@ -11,6 +12,7 @@ import pytest
 
 from cifar_ignite import files
 from cifar_ignite.errors import InputError
+from cifar_ignite.files import lock_file
 from tests.checkpointing.helpers import names_in
 from tests.helpers import posix_only
 
@@ -112,6 +114,24 @@ def test_remove_stale_temp_files_deletes_old_ones_only(tmp_path):
 def test_remove_stale_temp_files_accepts_missing_directory(tmp_path):
     files.remove_stale_temp_files(tmp_path / "missing")
     assert names_in(tmp_path) == []
+
+
+@posix_only
+def test_lock_file_is_held_once(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("kept")
+    for _ in range(2):  # the first block has removed its lock
+        with lock_file(path) as is_locked, lock_file(path) as is_locked_again:
+            assert (is_locked, is_locked_again) == (True, False)
+    assert path.read_text() == "kept"
+
+
+def test_lock_file_tolerates_what_cannot_be_locked(tmp_path, monkeypatch):
+    with lock_file(tmp_path / "missing" / "log") as is_locked:
+        assert is_locked
+    monkeypatch.delitem(sys.modules, "fcntl", raising=False)  # as on Windows
+    with lock_file(tmp_path / "log"), lock_file(tmp_path / "log") as is_locked:
+        assert is_locked
 
 
 def test_fsync_flushes_file_and_directory(tmp_path, monkeypatch):

@@ -62,9 +62,12 @@ class ResumeState:
     @property
     def is_complete(self) -> bool:
         """Whether all epochs are done, or early stopping ended the run and no more epochs are requested."""
-        counter = self.saved.get("early_stopping", {"counter": 0})["counter"]
-        stopped_early = self.config.train.patience is not None and counter >= self.config.train.patience
-        return self.epoch >= self.config.train.epochs or (stopped_early and "train.epochs" not in self.changed)
+        return self.epoch >= self.config.train.epochs or (self._stopped_early and "train.epochs" not in self.changed)
+
+    @property
+    def _stopped_early(self) -> bool:
+        patience, counter = self.config.train.patience, self.saved.get("early_stopping", {"counter": 0})["counter"]
+        return patience is not None and counter >= patience
 
     def check_same_data(self, class_names: list[str], train_fingerprint: str, val_fingerprint: str) -> None:
         """Check that the classes and the images are those of the saved run, unless changes are allowed.
@@ -77,9 +80,13 @@ class ResumeState:
         Raises:
             InputError: If they differ.
         """
-        if not self.saved or self.allow_changes:
+        if not self.saved:
             return
         record = self.saved["record"]
+        if self.allow_changes:
+            if record.val_fingerprint not in (None, val_fingerprint):
+                logger.warning("the validation images changed: accuracies before and after are compared nevertheless")
+            return
         if record.class_names != class_names:
             saved, now = (", ".join(names) for names in (record.class_names, class_names))
             raise InputError(f"{self.path}: trained on the classes {saved}; those of the dataset are {now}")
@@ -149,6 +156,8 @@ class ResumeState:
         saved = {"ema": self.saved["model"], **self.saved, "record": self.saved["record"].state_dict()}
         saved["trainer"] = saved["trainer"] | {"max_epochs": self.config.train.epochs}
         saved["optimizer"] = self._optimizer_state(objects["optimizer"].state_dict())
+        if self._stopped_early:  # and continues with more epochs: it has its patience again
+            saved["early_stopping"] = saved["early_stopping"] | {"counter": 0}
         try:
             Checkpoint.load_objects({name: object_ for name, object_ in objects.items() if name in saved}, saved)
         except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from ignite.engine import Events
 
 from cifar_ignite.checkpointing import io, resume
 from cifar_ignite.checkpointing.io import load_checkpoint
@@ -194,6 +195,14 @@ def test_resume_of_early_stopped_run_changes_nothing(train, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_resume_of_early_stopped_run_with_more_epochs_has_its_patience_again(train, tmp_path):
+    words = set_options({"train.epochs": 50, "train.patience": 2, "optimizer.lr": 1e-12})
+    assert train(*words)[0] == 0
+    epochs = pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv")["epoch"].iloc[-1]
+    assert train(*RESUME, *set_options({"train.epochs": 60}))[0] == 0
+    assert pd.read_csv(only_run(tmp_path) / "logs" / "metrics.csv")["epoch"].iloc[-1] == epochs + 2
+
+
 def test_resume_with_more_epochs_follows_longer_schedule(train, complete, uninterrupted):
     longer = set_options({"train.epochs": 4})
     status, out, _ = train(*longer, *RESUME)
@@ -205,6 +214,25 @@ def test_resume_with_more_epochs_follows_longer_schedule(train, complete, uninte
     assert resumed["epoch"].tolist() == [1, 2, 3, 4]
     assert resumed["lr"].tolist()[2:] == pytest.approx(planned["lr"].tolist()[2:], abs=1e-12)
     assert resumed["lr"][1] != planned["lr"][1]
+
+
+@posix_only
+def test_resume_of_live_run_is_refused_and_disturbs_nothing(train, interrupt, tmp_path, uninterrupted):
+    """As with a job that was started again while the first one still runs."""
+    results = []
+
+    def resume_twice(state):
+        def resume(engine):
+            results.append(train(*RESUME))
+
+        state.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=8), resume)
+
+    assert interrupt(6)[0] == 143
+    assert train(*RESUME, attach=resume_twice)[0] == 0
+    (status, _, err) = results[0]
+    assert status == 2
+    assert str(only_run(tmp_path)) in err
+    assert_same_training(uninterrupted, only_run(tmp_path))
 
 
 # --- Configuration of a resumed run -------------------------------------------------------------------------------
