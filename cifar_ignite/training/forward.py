@@ -1,6 +1,7 @@
 """The forward pass: autocast, test-time augmentation (TTA), and compilation for training."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,15 @@ def should_compile(config: Config, device: torch.device, iterations: int) -> boo
         return False
     is_measured = device.type == "cpu" or (device.type == "cuda" and is_single_process())
     return config.compile == "on" or (is_measured and iterations >= MIN_COMPILED_ITERATIONS)
+
+
+def forget_compiled_code() -> None:
+    """Discard what torch.compile has compiled in this process.
+
+    Code of earlier runs counts towards Dynamo's limit of recompilations, after which it silently compiles nothing.
+    """
+    if "torch._dynamo" in sys.modules:  # importing it takes a second
+        torch.compiler.reset()
 
 
 def create_training_forward(config: Config, model: nn.Module, loader: TrainLoader, amp_dtype: torch.dtype) -> Forward:

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from cifar_ignite.config import Config, DataConfig, TrainConfig
+from cifar_ignite.config_io import load_config
 from cifar_ignite.data.loaders import create_loaders
 from cifar_ignite.data.registry import load_dataset
 from cifar_ignite.errors import TrainingError
 from cifar_ignite.models.registry import create_model
+from cifar_ignite.train import train
 from cifar_ignite.training import forward as forward_module
 from cifar_ignite.training.forward import (
     create_forward,
@@ -18,7 +20,7 @@ from cifar_ignite.training.forward import (
     should_compile,
     warmup_compiled_forward,
 )
-from tests.training.helpers import CPU, relative_error
+from tests.training.helpers import CPU, CPU_OVERRIDES, relative_error
 
 CUDA = torch.device("cuda")
 
@@ -137,3 +139,23 @@ def test_training_forward_of_dataset_smaller_than_batch_is_eager(monkeypatch):
     model = create_model("se_resnet", num_classes=10, width=2)
     logits = create_training_forward(config, model, loader, torch.float32)(torch.zeros(2, 3, 32, 32))
     assert logits.shape == (2, 10)
+
+
+def test_every_training_of_a_process_is_compiled(tmp_path, monkeypatch):
+    """Beyond Dynamo's limit of recompilations, here one, which counts the code of all models of a class together."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(forward_module, "MIN_COMPILED_ITERATIONS", 1)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, **_: compile_(function, backend=backend))
+    counts = []
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dropout in (0.1, 0.2):
+            overrides = [*CPU_OVERRIDES, f"output_dir={tmp_path}", "compile=auto", f"model.dropout={dropout}"]
+            train(load_config("se_fast", [*overrides, "train.epochs=1"]))
+            counts.append(len(graphs))
+    assert 0 < counts[0] < counts[1]
