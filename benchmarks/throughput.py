@@ -35,11 +35,9 @@ from benchmarks.workloads import (
     project_workload,
     random_dataset,
 )
-from cifar_ignite.augment.pipeline import create_train_transform
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
-from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
-from cifar_ignite.data.loaders import TrainLoader
+from cifar_ignite.data.loaders import create_loaders
 from cifar_ignite.errors import InputError
 from cifar_ignite.training.device import precision_name, select_device
 from cifar_ignite.training.environment import describe_environment, device_name
@@ -173,14 +171,9 @@ def measure_batch_sizes(setup: Setup, sizes: list[int], seconds: float) -> dict[
 def measure_pipeline_epochs(config: Config, sizes: list[int]) -> dict[str, float]:
     """Return the median seconds of the input pipeline for one epoch, by size of the dataset; proportional to it."""
     device = select_device(config.device)
-    transform = create_train_transform(config.augment, len(CIFAR10_CLASSES), config.train.epochs)
+    no_images = random_dataset(0, config.data.image_size)
     loaders = {
-        f"{size} images": TrainLoader(
-            random_dataset(size, config.data.image_size).to(device),
-            batch_size=config.data.batch_size,
-            seed=0,
-            transform=transform,
-        )
+        f"{size} images": create_loaders(config, random_dataset(size, config.data.image_size), no_images, device)[0]
         for size in sizes
     }
     seconds: dict[str, list[float]] = {name: [] for name in loaders}

@@ -56,7 +56,7 @@ from cifar_ignite.training.device import (
     set_float32_precision,
 )
 from cifar_ignite.training.environment import describe_environment, format_environment
-from cifar_ignite.training.forward import forget_compiled_code
+from cifar_ignite.training.forward import forget_earlier_runs
 from cifar_ignite.training.loggers import history_table, log_config, log_file, log_summary
 from cifar_ignite.training.signals import catch_signals
 from cifar_ignite.training.state import TrainingState, attach_handlers, create_initial_model, run_training
@@ -133,7 +133,7 @@ def train(
     device = select_device(config.device)
     enable_deterministic_algorithms()
     set_float32_precision(config.precision)
-    forget_compiled_code()
+    forget_earlier_runs()
     with distributed_context(device, env) as context:
         if resume_error:  # raised once the ranks have joined, so that no other rank waits for this one
             raise resume_error

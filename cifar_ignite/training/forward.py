@@ -1,5 +1,6 @@
 """The forward pass: autocast, test-time augmentation (TTA), and compilation for training."""
 
+import gc
 import logging
 import sys
 import time
@@ -84,11 +85,13 @@ def should_compile(config: Config, device: torch.device, iterations: int) -> boo
     return config.compile == "on" or (is_measured and iterations >= MIN_COMPILED_ITERATIONS)
 
 
-def forget_compiled_code() -> None:
-    """Discard what torch.compile has compiled in this process.
+def forget_earlier_runs() -> None:
+    """Discard what earlier runs in this process have left.
 
-    Code of earlier runs counts towards Dynamo's limit of recompilations, after which it silently compiles nothing.
+    The objects of a run refer to each other, so they keep its memory until garbage is collected. Its compiled code
+    counts towards Dynamo's limit of recompilations, after which nothing is compiled, without a message.
     """
+    gc.collect()
     if "torch._dynamo" in sys.modules:  # importing it takes a second
         torch.compiler.reset()
 
