@@ -87,19 +87,7 @@ def train_val_split(dataset: ImageDataset, val_size: int | None, seed: int) -> t
         return replace(dataset, val=None), dataset.val
     val_size = round(DEFAULT_VAL_FRACTION * len(dataset)) if val_size is None else val_size
     train_rows, val_rows = stratified_split(dataset.labels, dataset.num_classes, val_size, seed)
-    train_set, val_set = dataset.select(train_rows), dataset.select(val_rows)
-    _check_classes_remain(dataset, train_set)
-    return train_set, val_set
-
-
-def _check_classes_remain(dataset: ImageDataset, train_set: ImageDataset) -> None:
-    """Raise an `InputError` if the split has taken all images of a class."""
-    counts = zip(dataset.class_names, dataset.class_counts, train_set.class_counts, strict=True)
-    if lost := [name for name, count, remaining in counts if count > remaining == 0]:
-        raise InputError(
-            f"data.val_size: leaves no training image of the class {lost[0]}; add images of the class, use fewer "
-            "validation images, or another data.split_seed"
-        )
+    return dataset.select(train_rows), dataset.select(val_rows)
 
 
 def stratified_split(labels: Tensor, num_classes: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +97,7 @@ def stratified_split(labels: Tensor, num_classes: int, val_size: int, seed: int)
         labels: int64 (N,), each in [0, num_classes).
         num_classes: Number of classes.
         val_size: Number of validation images. Classes contribute in proportion to their size, rounded such that the sum
-            is `val_size`.
+            is `val_size`; each keeps at least one training image.
         seed: Seed of the split, separate from the run's seed so that runs are compared on the same images.
 
     Returns:
@@ -118,17 +106,28 @@ def stratified_split(labels: Tensor, num_classes: int, val_size: int, seed: int)
     Raises:
         InputError: If fewer training images than classes would remain.
     """
-    if val_size and val_size > len(labels) - num_classes:
-        raise InputError(
-            f"data.val_size: {val_size} of {len(labels)} images leave too few for training; "
-            f"use at most {max(0, len(labels) - num_classes)}"
-        )
     counts = torch.bincount(labels, minlength=num_classes)
-    # Cumulative rounding: each class differs from its exact proportion by less than one image.
-    edges = torch.round(counts.cumsum(0) * val_size / len(labels)).long()
-    val_counts = torch.diff(edges, prepend=torch.zeros(1, dtype=torch.long))
+    limits = (counts - 1).clamp(min=0)
+    if val_size > limits.sum():
+        raise InputError(
+            f"data.val_size: {val_size} of {len(labels)} images leave too few for training, which requires one of each "
+            f"class; use at most {limits.sum()}"
+        )
+    val_counts = _stratified_counts(counts, limits, val_size)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     is_val = torch.zeros(len(labels), dtype=torch.bool)
     for label, count in enumerate(val_counts.tolist()):
         is_val[shuffled[labels[shuffled] == label][:count]] = True
     return torch.nonzero(~is_val).flatten(), torch.nonzero(is_val).flatten()
+
+
+def _stratified_counts(counts: Tensor, limits: Tensor, val_size: int) -> Tensor:
+    """Return the number of validation images of each class, int64 (num_classes,); their sum is `val_size`."""
+    total = max(1, int(counts.sum()))
+    # Cumulative rounding: each class differs from its exact proportion by less than one image.
+    edges = torch.round(counts.cumsum(0) * val_size / total).long()
+    val_counts = torch.diff(edges, prepend=torch.zeros(1, dtype=torch.long)).minimum(limits)
+    for _ in range(val_size - int(val_counts.sum())):  # in place of the images that rare classes keep
+        missing = (counts * val_size / total - val_counts).masked_fill(val_counts == limits, -torch.inf)
+        val_counts[missing.argmax()] += 1
+    return val_counts

@@ -1,5 +1,6 @@
 """The dataset class and the validation split."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -50,12 +51,16 @@ def test_train_val_split_returns_validation_images_of_the_dataset(val_size, expe
     assert train.val is None
 
 
-def test_train_val_split_that_takes_all_images_of_a_class_names_it():
+def test_train_val_split_keeps_a_training_image_of_rare_classes():
     labels = torch.tensor([0] * 30 + [1] * 8 + [2, 3])
     rare = replace(dataset(), labels=labels)
-    with pytest.raises(InputError, match=r"data\.val_size: .*class \d; "):
-        train_val_split(rare, val_size=20, seed=1)
-    assert train_val_split(rare, val_size=0, seed=1)[0].class_counts == [30, 8, 1, 1]
+    for val_size in (0, 1, 20, 35, 36):
+        train, val = train_val_split(rare, val_size=val_size, seed=1)
+        assert len(val) == val_size
+        assert train.class_counts[2:] == [1, 1]
+        assert min(train.class_counts) == 1
+    with pytest.raises(InputError, match=r"data\.val_size: .* at most 36"):
+        train_val_split(rare, val_size=37, seed=1)
 
 
 def test_fingerprint_depends_on_images_labels_and_class_names():
@@ -93,6 +98,32 @@ def test_stratified_split_of_balanced_labels_is_exact_and_seeded():
     assert torch.equal(val, stratified_split(labels, 10, 5000, seed=0)[1])
     assert not torch.equal(val, stratified_split(labels, 10, 5000, seed=1)[1])
     assert len(train) == 45_000
+
+
+@pytest.mark.parametrize(
+    ("counts", "val_size", "expected"),
+    [((5, 1, 4), 1, [1, 0, 0]), ((1, 1, 2), 1, [0, 0, 1]), ((3, 1, 1, 9), 5, [1, 0, 0, 4]), ((2, 0, 2), 2, [1, 0, 1])],
+)
+def test_stratified_split_gives_the_share_of_rare_classes_to_others(counts, val_size, expected):
+    labels = torch.repeat_interleave(torch.tensor(counts))
+    for seed in range(3):
+        train, val = stratified_split(labels, len(counts), val_size, seed)
+        assert torch.bincount(labels[val], minlength=len(counts)).tolist() == expected
+        assert torch.bincount(labels[train], minlength=len(counts)).bool().tolist() == [count > 0 for count in counts]
+
+
+def test_stratified_split_of_no_images_is_empty():
+    assert [len(rows) for rows in stratified_split(torch.empty(0, dtype=torch.long), 2, 0, seed=0)] == [0, 0]
+
+
+def test_stratified_split_without_rare_classes_never_changes():
+    """Another split would make models of CIFAR-10 incomparable, and runs impossible to resume."""
+    for labels, expected in (
+        (torch.arange(50_000) % 10, "e9de51dcca089a3f"),
+        (torch.arange(1000) ** 2 % 7, "5a80986b0790826d"),
+    ):
+        val = stratified_split(labels, 10, len(labels) // 10, seed=0)[1]
+        assert hashlib.sha256(val.numpy().tobytes()).hexdigest().startswith(expected)
 
 
 def test_stratified_split_that_leaves_too_few_images_is_refused():
