@@ -70,7 +70,8 @@ def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFil
     """
     directory = root / split
     if not is_directory(directory):
-        raise InputError(f"{directory}: no such directory ({_describe(root)}); put the {split} images there")
+        what = "not a directory" if os.path.exists(directory) else "no such directory"
+        raise InputError(f"{directory}: {what} ({_describe(root)}); put the {split} images there")
     if names := list_subdirectories(directory):
         return _list_class_directories(directory, names, class_names)
     files = sorted(find_images([directory]), key=lambda file: natural_key(file.relative_to(directory)))
@@ -147,7 +148,7 @@ def _short_ids(files: list[Path], ids: list[Any]) -> list[Any]:
 
 def _describe(root: Path) -> str:
     if not is_directory(root):
-        return f"{root} does not exist"
+        return f"{root} {'is not a directory' if os.path.exists(root) else 'does not exist'}"
     return f"{root} contains {_enumerate(_list_names(root)) or 'nothing'}"
 
 

@@ -1,9 +1,8 @@
 """Labels in a CSV of two columns, id and label, as in Kaggle's competitions."""
 
+import csv
 from collections import Counter
 from pathlib import Path
-
-import pandas as pd
 
 from cifar_ignite.data.image_files import printable
 from cifar_ignite.errors import InputError, first_line
@@ -26,22 +25,35 @@ def read_labels(path: Path) -> dict[str, str]:
     """Read a CSV with a header line and two columns, id and label, whatever their names.
 
     Raises:
-        InputError: If it is malformed, or an id is repeated.
+        InputError: If it is malformed or has no labels, or an id is repeated.
     """
-    try:
-        # As text: 007 is an id, and NA a label.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not a CSV, or not UTF-8
-        raise InputError(f"{path}: cannot read the labels: {first_line(error)}") from None
-    if table.shape[1] != 2:
-        columns = ", ".join(map(printable, table.columns[:MAX_NAMES]))
-        raise InputError(f"{path}: expected two columns, id and label; found {table.shape[1]} ({columns})")
-    ids, labels = (table[name].str.strip().tolist() for name in table.columns)
-    if repeated := [value for value, count in Counter(ids).items() if count > 1]:
+    pairs = _read_rows(path)[1:]
+    if not pairs:
+        raise InputError(f"{path}: no labels; expected a header line, and a line with id and label for each image")
+    if repeated := [id_ for id_, count in Counter(id_ for id_, _ in pairs).items() if count > 1]:
         raise InputError(f"{path}: {_examples(repeated)}: repeated ids; each image has one label")
-    if missing := [value for value, label in zip(ids, labels, strict=True) if not label]:
+    if missing := [id_ for id_, label in pairs if not label]:
         raise InputError(f"{path}: {_examples(missing)}: ids without a label")
-    return dict(zip(ids, labels, strict=True))
+    return dict(pairs)
+
+
+def _read_rows(path: Path) -> list[tuple[str, str]]:
+    """Return the first two cells of each line that is not blank; the others must be empty."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            rows = [cells for row in reader if any(cells := [cell.strip() for cell in row])]
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path}: cannot read the labels: {first_line(error)}") from None
+    for row in rows:
+        if len(row) < 2 or any(row[2:]):
+            cells = ", ".join(map(printable, row[:MAX_NAMES]))
+            raise InputError(
+                f"{path}: expected two columns, id and label, separated by a comma; found {len(row)} ({cells})"
+            )
+    return [(row[0], row[1]) for row in rows]
 
 
 def match_labels(path: Path, directory: Path, files: list[Path]) -> dict[Path, str]:
@@ -58,7 +70,10 @@ def match_labels(path: Path, directory: Path, files: list[Path]) -> dict[Path, s
     labels = read_labels(path)
     ids = {file: _find_id(file, directory, labels) for file in files}
     if unlabeled := [file.name for file, id_ in ids.items() if id_ is None]:
-        raise InputError(f"{path}: {_examples(unlabeled)}: no such id, although {directory} contains the image")
+        raise InputError(
+            f"{path}: {_examples(unlabeled)}: no such id, although {directory} contains the image; add a line for it "
+            "(the first line is the header)"
+        )
     found = Counter(id_ for id_ in ids.values() if id_ is not None)
     if unknown := [id_ for id_ in labels if id_ not in found]:
         raise InputError(f"{path}: {_examples(unknown)}: no such image in {directory}; add it, or remove the line")

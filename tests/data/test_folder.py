@@ -156,6 +156,11 @@ def remove_train(root):
     shutil.rmtree(root / "test")
 
 
+def file_as_root(root):
+    shutil.rmtree(root)
+    root.touch()
+
+
 def empty_train(root):
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
@@ -208,6 +213,7 @@ def unlabeled_val(root):
         (unlabeled_val, r"val: no class directories, and no valLabels\.csv; validation requires labels"),
         (remove_train, r"photos: no directory train \(.*contains nothing\); put the images into"),
         (shutil.rmtree, r"photos: no directory train \(.*does not exist\)"),
+        (file_as_root, r"photos: no directory train \(.*is not a directory\)"),
         (unlabeled_test_alone, r"photos: no directory train, .*make predict IMAGES="),
         (empty_train, r"train: no class directories, and no trainLabels\.csv"),
         (empty_class, r"train/bird: no images.*every class directory must contain images"),
@@ -235,11 +241,17 @@ def no_test(root):
     shutil.rmtree(root / "test")
 
 
+def file_as_test(root):
+    shutil.rmtree(root / "test")
+    (root / "test").touch()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (other_class, r"test: lion is no class of the training images \(cat, dog, fish\); .*unlabeled"),
         (no_test, r"test: no such directory \(.*contains train\)"),
+        (file_as_test, r"test: not a directory"),
     ],
 )
 def test_folder_without_valid_test_set_is_refused(root, change, message):
@@ -256,7 +268,10 @@ def test_folder_without_valid_test_set_is_refused(root, change, message):
         ("12,dog\n", "12,dog\n12,cat\n", r"trainLabels\.csv: 12: repeated ids"),
         ("12,dog\n", "12,\n", r"trainLabels\.csv: 12: ids without a label"),
         ("id,label", "id,label,breed", r"trainLabels\.csv: expected two columns.*found 3 \(id, label, breed\)"),
-        ("id,label\n", "", r"trainLabels\.csv: 12\.png: no such id"),
+        ("id,label\n", "", r"trainLabels\.csv: 12\.png: no such id.*header"),
+        ("12,dog\n", "12,dog,brown\n", r"trainLabels\.csv: expected two columns.*found 3 \(12, dog, brown\)"),
+        ("12,dog\n", "12\n", r"trainLabels\.csv: expected two columns.*found 1 \(12\)"),
+        (",", ";", r"trainLabels\.csv: expected two columns.*by a comma; found 1 \(id;label\)"),
         ("12,dog\n", '12,"dog\n', r"trainLabels\.csv: cannot read the labels"),
         ("dog", "cat", r"one class only"),
     ],
@@ -269,6 +284,36 @@ def test_folder_with_invalid_csv_names_it(tmp_path, old, new, message):
     with pytest.raises(InputError, match=message) as raised:
         load(root)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("\n", ",\n"), ("dog\n", "dog,\n"), (",dog", ', "dog"'), ("\n", "\r\n"), ("\n", "\n  \n,\n")],
+    ids=["trailing commas", "some trailing commas", "quotes after a space", "CRLF", "empty lines"],
+)
+def test_folder_reads_csv_as_other_programs_write_it(tmp_path, old, new):
+    root = write_kaggle(tmp_path / "kaggle")
+    expected = load(root).fingerprint
+    text = (root / "trainLabels.csv").read_text()
+    (root / "trainLabels.csv").write_text(text.replace(old, new), newline="")
+    assert load(root).fingerprint == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_folder_with_csv_of_another_encoding_names_utf8(tmp_path, encoding):
+    root = write_kaggle(tmp_path / "kaggle")
+    text = (root / "trainLabels.csv").read_text().replace("dog", "café")
+    (root / "trainLabels.csv").write_text(text, encoding=encoding)
+    with pytest.raises(InputError, match=r"trainLabels\.csv: not UTF-8; save"):
+        load(root)
+
+
+@pytest.mark.parametrize("text", ["", "id,label\n", "\n\n"])
+def test_folder_with_csv_without_labels_is_refused(tmp_path, text):
+    root = write_kaggle(tmp_path / "kaggle")
+    (root / "trainLabels.csv").write_text(text)
+    with pytest.raises(InputError, match=r"trainLabels\.csv: no labels; .*header"):
+        load(root)
 
 
 def test_folder_with_ambiguous_id_is_refused(tmp_path):
