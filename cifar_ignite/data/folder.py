@@ -1,5 +1,7 @@
 """Your own images: a directory per class, as for torchvision's ImageFolder, or a CSV of labels, as on Kaggle."""
 
+import functools
+import logging
 import os
 import re
 from pathlib import Path
@@ -16,6 +18,8 @@ from cifar_ignite.files import is_directory
 TRAIN, VAL, TEST = "train", "val", "test"
 MAX_NAMES = 5
 LAYOUT_HINT = "put the images into {root}/train/CLASS/, or name the directory that contains train with DATA_DIR="
+
+logger = logging.getLogger(__name__)
 
 
 @register_dataset
@@ -40,9 +44,8 @@ def list_classes(root: Path) -> tuple[str, ...]:
     split = TEST if not is_directory(root / TRAIN) and is_directory(root / TEST) else TRAIN
     if not is_directory(root / split):
         raise InputError(f"{root}: no directory train ({_describe(root)}); {LAYOUT_HINT.format(root=root)}")
-    names = list_subdirectories(root / split)
-    if not names and (label_file := find_label_file(root, split)):
-        names = sorted(set(read_labels(label_file).values()))
+    label_file = choose_label_file(root, split)
+    names = sorted(set(read_labels(label_file).values())) if label_file else list_subdirectories(root / split)
     if not names and split == TEST:
         raise InputError(
             f"{root}: no directory train, and no class directories or testLabels.csv for test, which would name the "
@@ -55,6 +58,26 @@ def list_classes(root: Path) -> tuple[str, ...]:
     if invalid := [name for name in names if printable(name) != name]:
         raise InputError(f"{root / split}: a class name cannot be printed ({printable(invalid[0])}); rename the class")
     return tuple(names)
+
+
+def choose_label_file(root: Path, split: str) -> Path | None:
+    """Return the CSV with the labels of a split; None without one, or if the subdirectories are the classes instead.
+
+    They are, with a warning, unless the ids of the CSV are those of all images below.
+    """
+    label_file, directory = find_label_file(root, split), root / split
+    if label_file and list_subdirectories(directory):
+        try:
+            match_labels(label_file, directory, find_images([directory]))
+        except InputError as error:
+            _warn_once(printable(f"labels ignored, the classes are the directories in {directory}: {error}"))
+            return None
+    return label_file
+
+
+@functools.cache
+def _warn_once(message: str) -> None:  # a dataset is listed several times
+    logger.warning("%s", message)
 
 
 def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFiles:
@@ -72,11 +95,12 @@ def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFil
     if not is_directory(directory):
         what = "not a directory" if os.path.exists(directory) else "no such directory"
         raise InputError(f"{directory}: {what} ({_describe(root)}); put the {split} images there")
-    if names := list_subdirectories(directory):
+    label_file = choose_label_file(root, split)
+    if not label_file and (names := list_subdirectories(directory)):
         return _list_class_directories(directory, names, class_names)
-    files = sorted(find_images([directory]), key=lambda file: natural_key(file.relative_to(directory)))
+    files = sorted(find_images([directory]), key=lambda file: (natural_key(Path(file.name)), file))
     ids: list[Any] = [_relative_name(file, directory) for file in files]
-    if label_file := find_label_file(root, split):
+    if label_file:
         names_by_file = match_labels(label_file, directory, files)
         _check_known(label_file, sorted(set(names_by_file.values())), class_names)
         label_by_name = {name: label for label, name in enumerate(class_names)}
