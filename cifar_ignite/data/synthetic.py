@@ -5,16 +5,21 @@ import torch
 
 from cifar_ignite.config import DataConfig, SyntheticConfig
 from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.memory import check_memory
 from cifar_ignite.data.registry import register_dataset
 
 SYNTHETIC_CLASSES = ("disk", "ring", "square", "frame", "triangle", "plus", "cross", "bars", "stripes", "checkers")
 REFERENCE_SIZE = 32  # positions and sizes of the shapes are in pixels of images of this side
-CHUNK_SIZE = 4096  # images drawn at a time, which bounds the memory; changing it changes the images
+# Images drawn at a time, and fewer large ones, which bounds the memory; changing it changes the images.
+CHUNK_SIZE = 4096
+CHUNK_PIXELS = CHUNK_SIZE * 128**2
 
 
 @register_dataset
 def synthetic(config: DataConfig, *, train: bool) -> ImageDataset:
     """Shapes and textures drawn from `config.synthetic.seed`."""
+    count = config.synthetic.train_size if train else config.synthetic.test_size
+    check_memory((count, 3, config.image_size, config.image_size), torch.device("cpu"))
     return make_synthetic(config.synthetic, train=train, size=config.image_size)
 
 
@@ -36,8 +41,9 @@ def make_synthetic(config: SyntheticConfig, *, train: bool, size: int = REFERENC
     rng = np.random.default_rng([config.seed, int(train)])
     labels = rng.permutation(np.arange(count) % len(SYNTHETIC_CLASSES))
     images = np.empty((count, 3, size, size), np.uint8)
-    for start in range(0, count, CHUNK_SIZE):
-        chunk = slice(start, start + CHUNK_SIZE)
+    chunk_size = min(CHUNK_SIZE, CHUNK_PIXELS // size**2)
+    for start in range(0, count, chunk_size):
+        chunk = slice(start, start + chunk_size)
         images[chunk] = _random_images(labels[chunk], size, rng)
     return ImageDataset(torch.from_numpy(images), torch.from_numpy(labels), list(range(count)), SYNTHETIC_CLASSES)
 

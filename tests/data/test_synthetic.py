@@ -1,10 +1,14 @@
 """The synthetic dataset: deterministic, balanced, and not linearly separable."""
 
+import numpy as np
+import pytest
 import torch
 
 from cifar_ignite.config import DataConfig, SyntheticConfig
+from cifar_ignite.data import memory
 from cifar_ignite.data.registry import load_dataset
 from cifar_ignite.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from cifar_ignite.errors import InputError
 
 
 def test_make_synthetic_is_function_of_seed_and_split():
@@ -36,6 +40,28 @@ def test_load_dataset_reads_synthetic_section():
         loaded, expected = load_dataset(config, train=train), make_synthetic(config.synthetic, train=train)
         assert torch.equal(loaded.images, expected.images)
         assert torch.equal(loaded.labels, expected.labels)
+
+
+@pytest.mark.parametrize(("train", "count"), [(True, 300), (False, 200)])
+def test_synthetic_images_beyond_memory_are_refused_before_drawing(monkeypatch, train, count):
+    monkeypatch.setattr(memory, "available_memory", lambda: 10_000_000)
+    monkeypatch.setattr("cifar_ignite.data.synthetic.make_synthetic", None)
+    config = DataConfig(dataset="synthetic", image_size=1024, synthetic=SyntheticConfig(train_size=300, test_size=200))
+    with pytest.raises(InputError, match=rf"data\.image_size: {count} images of 1024 pixels .*10\.0 MB"):
+        load_dataset(config, train=train)
+
+
+def test_make_synthetic_draws_few_large_images_at_a_time(monkeypatch):
+    sizes = []
+
+    def random_images(labels, size, rng):
+        sizes.append(len(labels) * size**2)
+        return np.zeros((len(labels), 3, size, size), np.uint8)
+
+    monkeypatch.setattr("cifar_ignite.data.synthetic._random_images", random_images)
+    make_synthetic(SyntheticConfig(test_size=100), train=False, size=1024)
+    assert max(sizes) <= 4096 * 128**2
+    assert sum(sizes) == 100 * 1024**2
 
 
 def test_linear_classifier_stays_below_60_percent_on_synthetic():
