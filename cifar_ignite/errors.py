@@ -66,7 +66,8 @@ def translate_oom_errors() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(word in reason for word in words):
             raise
         raise TrainingError(
-            f"out of memory ({reason}); use a smaller data.batch_size or model.width, or free memory used elsewhere"
+            f"out of memory ({reason}); use a smaller data.batch_size, model.width or data.image_size, or free memory "
+            "used elsewhere"
         ) from None
 
 

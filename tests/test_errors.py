@@ -47,7 +47,7 @@ def test_translate_oom_errors_names_cause_and_fix_in_one_line(error):
     with pytest.raises(TrainingError, match="^out of memory") as raised, translate_oom_errors():
         raise error
     assert str(error).split("\n")[0] in str(raised.value)
-    assert "data.batch_size" in str(raised.value)
+    assert all(key in str(raised.value) for key in ("data.batch_size", "model.width", "data.image_size"))
     assert "\n" not in str(raised.value)
 
 
