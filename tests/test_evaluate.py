@@ -134,10 +134,10 @@ def test_evaluate_logs_per_class_metrics_of_predictions(
         (row,) = [line.split() for line in table if line.split()[:1] == [name]]
         in_class, as_class = labels == label, predicted == label
         correct = (in_class & as_class).sum()
-        recall, precision = correct / in_class.sum(), correct / max(1, as_class.sum())
-        f1 = 2 * correct / (in_class.sum() + as_class.sum())
+        recall, f1 = correct / in_class.sum(), 2 * correct / (in_class.sum() + as_class.sum())
+        precision = f"{100 * correct / as_class.sum():.1f}%" if as_class.any() else "–"
         confidence = f"{100 * confidences[as_class].mean():.1f}%" if as_class.any() else "–"
-        percentages = [f"{100 * value:.1f}%" for value in (recall, precision, f1)]
+        percentages = [f"{100 * recall:.1f}%", precision, f"{100 * f1:.1f}%"]
         share = f"{100 * as_class.mean():.1f}%"
         assert row == [name, str(in_class.sum()), *percentages, str(as_class.sum()), share, confidence]
 

@@ -180,6 +180,20 @@ def test_unlabeled_test_set_is_predicted(command, tmp_path, photos):
     assert "accuracy" not in json.loads((directory / "metrics.json").read_text())
 
 
+@pytest.mark.usefixtures("trained_run")
+def test_class_without_test_images_has_no_accuracy(command, tmp_path, photos):
+    shutil.rmtree(photos / "test" / "dog")
+    status, out, err = command("evaluate")
+    assert (status, err) == (0, "")
+    (row,) = [line.split() for line in out.splitlines() if line.split()[:2] == ["dog", "0"]]
+    assert row[2] == "–"
+    directory = only_evaluation(tmp_path)
+    dog = json.loads((directory / "metrics.json").read_text(), parse_constant=pytest.fail)["classes"]["dog"]
+    assert (dog["images"], dog["recall"], dog["f1"]) == (0, None, None)
+    assert '<th scope="row">dog</th><td>0</td><td>–</td>' in (directory / "report.html").read_text()
+    assert command("compare")[0] == 0
+
+
 @pytest.mark.usefixtures("drawn_figures")
 def test_data_command_prints_table_and_draws_samples(command, tmp_path, photos):
     options = {"data.dataset": "folder", "data.root": photos, "output_dir": tmp_path / "outputs"}

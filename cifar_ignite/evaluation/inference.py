@@ -6,10 +6,9 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from ignite.handlers import EpochOutputStore
 from ignite.metrics import ConfusionMatrix, TopKCategoricalAccuracy
-from ignite.metrics.confusion_matrix import cmPrecision, cmRecall
 from torch import Tensor
 
 from cifar_ignite.data.dataset import ImageDataset
@@ -50,7 +49,8 @@ def run_inference(trained: TrainedModel, forward: Forward, dataset: ImageDataset
     create_progress_bar(disable=is_disabled).attach(evaluator, event_name=Events.ITERATION_COMPLETED)
     if dataset.labels is not None:
         attach_metrics(evaluator, F.cross_entropy, trained.device)
-        _attach_class_metrics(evaluator, len(trained.record.class_names), trained.device)
+        TopKCategoricalAccuracy(2, device=trained.device).attach(evaluator, "top2_accuracy")
+        DeviceConfusionMatrix(len(trained.record.class_names), device=trained.device).attach(evaluator, "confusion")
     loader = EvalLoader(
         dataset.to(trained.device),
         batch_size=trained.config.data.batch_size,
@@ -74,18 +74,3 @@ class DeviceConfusionMatrix(ConfusionMatrix):
         self._num_examples += len(labels)
         cells = labels * self.num_classes + logits.argmax(1)
         self.confusion_matrix.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
-
-
-def _attach_class_metrics(evaluator: Engine, num_classes: int, device: torch.device) -> None:
-    # Ignite's own Precision and Recall fail on the empty batches that a rank may have.
-    confusion = DeviceConfusionMatrix(num_classes, device=device)
-    precision, recall = cmPrecision(confusion, average=False), cmRecall(confusion, average=False)
-    metrics = {
-        "top2_accuracy": TopKCategoricalAccuracy(2, device=device),
-        "confusion": confusion,
-        "precision": precision,
-        "recall": recall,
-        "f1": precision * recall * 2 / (precision + recall + 1e-15),
-    }
-    for name, metric in metrics.items():
-        metric.attach(evaluator, name)

@@ -57,8 +57,8 @@ def compute_metrics(
     Args:
         dataset: N images, labeled or unlabeled.
         logits: float (N, num_classes) on the CPU.
-        metrics: Metrics of the evaluator if there are labels: "accuracy", "loss", "top2_accuracy", "confusion", and
-            "precision", "recall" and "f1" of shape (num_classes,); otherwise empty.
+        metrics: Metrics of the evaluator if there are labels: "accuracy", "loss", "top2_accuracy", and "confusion",
+            int64 (num_classes, num_classes); otherwise empty.
         class_names: Names in label order.
         temperature: Temperature of the probabilities; None if there is none.
     """
@@ -67,10 +67,10 @@ def compute_metrics(
         uncalibrated = compute_metrics(dataset, logits, metrics, class_names)
         metrics = {**metrics, "loss": calibrated_loss(logits, dataset.labels, temperature)}
     predictions = prediction_table(dataset, logits, class_names, temperature)
-    per_class = per_class_table(predictions, metrics, class_names)
     has_labels = dataset.labels is not None
     bins = calibration_bins(predictions) if has_labels else None
     confusion_matrix = metrics["confusion"].cpu().numpy() if has_labels else None
+    per_class = per_class_table(predictions, confusion_matrix, class_names)
     summary = summary_metrics(predictions, metrics, per_class, bins) | {"temperature": temperature}
     if uncalibrated:
         names = [name for name in CALIBRATION_METRICS if name in summary]
@@ -195,25 +195,30 @@ def expected_calibration_error(bins: pd.DataFrame) -> float:
 # --- Per class and summary ----------------------------------------------------------------------------------------
 
 
-def per_class_table(predictions: pd.DataFrame, metrics: Mapping[str, Any], class_names: Sequence[str]) -> pd.DataFrame:
+def per_class_table(
+    predictions: pd.DataFrame, confusion_matrix: np.ndarray | None, class_names: Sequence[str]
+) -> pd.DataFrame:
     """Return one row per class.
 
     Args:
         predictions: Table of `prediction_table`.
-        metrics: Metrics of the evaluator; with labels "precision", "recall" and "f1", float (num_classes,).
+        confusion_matrix: int64 (num_classes, num_classes), images by true (row) and predicted class; None without
+            labels.
         class_names: Names in label order, the index of the result.
 
     Returns:
         Columns predicted (images), share (of all images), confidence (mean; NaN if never predicted), and with labels
-        images (of the class), precision, recall (the accuracy on the class) and f1, each in [0, 1].
+        images (of the class), precision (NaN if never predicted), recall (the accuracy on the class) and f1 (both NaN
+        if the class has no images), each in [0, 1].
     """
     groups = predictions.groupby("predicted")["confidence"].agg(["size", "mean"]).reindex(list(class_names))
     table = pd.DataFrame({"predicted": groups["size"].fillna(0).astype(int), "confidence": groups["mean"]})
     table.insert(1, "share", table["predicted"] / len(predictions))
-    if "true" in predictions:
-        table["images"] = predictions["true"].value_counts().reindex(list(class_names), fill_value=0)
-        for name in ("precision", "recall", "f1"):
-            table[name] = metrics[name].tolist()
+    if confusion_matrix is not None:
+        correct, table["images"] = confusion_matrix.diagonal(), confusion_matrix.sum(axis=1)
+        table["precision"] = correct / table["predicted"]
+        table["recall"] = correct / table["images"]
+        table["f1"] = (2 * correct / (table["predicted"] + table["images"])).where(table["images"] > 0)
     return table
 
 
@@ -245,6 +250,9 @@ def summary_metrics(
             "top2_accuracy": float(metrics["top2_accuracy"]),
             "loss": float(metrics["loss"]),
             "expected_calibration_error": expected_calibration_error(bins),
-            "classes": per_class[["images", "precision", "recall", "f1"]].to_dict("index"),
+            "classes": {
+                name: {key: None if pd.isna(value) else value for key, value in row.items()}
+                for name, row in per_class[["images", "precision", "recall", "f1"]].to_dict("index").items()
+            },
         }
     return summary

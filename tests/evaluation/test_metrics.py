@@ -72,7 +72,7 @@ def test_per_class_metrics_match_direct_computation(evaluated):
         correct = (in_class & as_class).sum()
         assert result.summary["classes"][name] == {
             "images": in_class.sum(),
-            "precision": pytest.approx(correct / max(1, as_class.sum())),
+            "precision": pytest.approx(correct / as_class.sum()) if as_class.any() else None,
             "recall": pytest.approx(correct / in_class.sum()),
             "f1": pytest.approx(2 * correct / (in_class.sum() + as_class.sum())),
         }
@@ -141,6 +141,25 @@ def test_format_per_class_table_shows_percentages_and_undefined_values(evaluated
     assert formatted.loc["cat", "accuracy (recall)"].endswith("%")
 
 
+def test_per_class_metrics_are_exact_and_undefined_without_images_or_predictions():
+    """Five images of a, of which all are found; two of c, never predicted; b has no images; d has neither."""
+    class_names, labels = ("a", "b", "c", "d"), torch.tensor([0] * 5 + [2] * 2)
+    logits = torch.nn.functional.one_hot(torch.tensor([0] * 6 + [1]), 4).float()
+    dataset = ImageDataset(torch.zeros(7, 3, 32, 32, dtype=torch.uint8), labels, list(range(7)), class_names)
+    trained = trained_with(FixedLogits(logits), class_names)
+    outputs, engine_metrics = run_inference(trained, trained.model, dataset)
+    result = compute_metrics(dataset, outputs, engine_metrics, class_names)
+    assert json.loads(json.dumps(result.summary, allow_nan=False))["classes"] == {
+        "a": {"images": 5, "precision": 5 / 6, "recall": 1.0, "f1": 10 / 11},
+        "b": {"images": 0, "precision": 0.0, "recall": None, "f1": None},
+        "c": {"images": 2, "precision": None, "recall": 0.0, "f1": 0.0},
+        "d": {"images": 0, "precision": None, "recall": None, "f1": None},
+    }
+    formatted = format_per_class_table(result.per_class)[["accuracy (recall)", "precision", "F1"]]
+    assert formatted.loc["b"].tolist() == ["–", "0.0%", "–"]
+    assert formatted.loc["c"].tolist() == ["0.0%", "–", "0.0%"]
+
+
 # --- Temperature and coverage -------------------------------------------------------------------------------------
 
 
@@ -151,8 +170,7 @@ def test_temperature_changes_no_class_and_keeps_the_uncalibrated_metrics(evaluat
     images = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
     dataset = ImageDataset(images, labels, list(range(200)), CIFAR10_CLASSES)
     engine_metrics = {
-        "accuracy": 0.5, "loss": 1.25, "top2_accuracy": 0.6, "confusion": torch.eye(10),
-        **dict.fromkeys(("precision", "recall", "f1"), torch.zeros(10)),
+        "accuracy": 0.5, "loss": 1.25, "top2_accuracy": 0.6, "confusion": torch.eye(10, dtype=torch.long),
     }  # fmt: skip
     plain = compute_metrics(dataset, logits, engine_metrics, CIFAR10_CLASSES)
     result = compute_metrics(dataset, logits, engine_metrics, CIFAR10_CLASSES, 3.0)
