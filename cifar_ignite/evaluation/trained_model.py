@@ -15,7 +15,7 @@ from cifar_ignite.checkpointing.best_model import best_model_path, list_best_mod
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.config import AugmentConfig, Config
-from cifar_ignite.config_io import parse_config
+from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import latest_first
@@ -23,6 +23,8 @@ from cifar_ignite.models import create_model
 from cifar_ignite.training.calibration import PLAIN
 from cifar_ignite.training.device import select_device
 
+# What the weights were trained for: with other values, predictions would be wrong without an error.
+FIXED_KEYS = ("data.image_size", "augment.mean", "augment.std")
 NO_TEMPERATURE = "the checkpoint has none (only best models of runs with validation images do)"
 
 logger = logging.getLogger(__name__)
@@ -129,11 +131,12 @@ def load_trained_model(
     Args:
         checkpoint: Any checkpoint of this project; None loads the latest best model that fits the data.
         model_name: Experiment whose latest best model is loaded; None allows all experiments.
-        overrides: Strings `section.key=value`, applied to the checkpoint's configuration.
+        overrides: Strings `section.key=value`, applied to the checkpoint's configuration; they cannot change those of
+            `FIXED_KEYS`.
         class_names: Classes of the data, in label order; None if the data are those of the configured dataset.
 
     Raises:
-        InputError: If the checkpoint is missing or invalid, or its weights do not match the configuration.
+        InputError: If the checkpoint is missing or invalid, or does not match the configuration.
     """
     values = {override.partition("=")[0].strip(): override for override in overrides}
     selecting = {key: values[key] for key in ("output_dir", "data.dataset") if key in values}
@@ -145,7 +148,7 @@ def load_trained_model(
     else:
         path, saved = find_best_model(output_dir, model_name, lambda record: _fits(record, class_names, dataset))
     record: RunRecord = saved["record"]
-    config = parse_config(record.config, str(path), [*overrides, f"output_dir={output_dir}"])
+    config = _override_config(path, record, [*overrides, f"output_dir={output_dir}"])
     model = create_model(num_classes=len(record.class_names), **config.model.model_dump())
     try:
         model.load_state_dict(saved.get("ema", saved["model"]))
@@ -155,6 +158,24 @@ def load_trained_model(
     model = model.to(memory_format=memory_format(device))
     logger.info("checkpoint  %s (%s, epoch %d)", path, config.model.name, record.epoch)
     return TrainedModel(path, record, config, device, model, saved.get("temperatures", {}))
+
+
+def _override_config(path: Path, record: RunRecord, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a checkpoint with overrides; null leaves the normalization at the recorded one.
+
+    Raises:
+        InputError: If an override is invalid, or changes a key of `FIXED_KEYS`.
+    """
+    recorded, config = (parse_config(record.config, str(path), changes) for changes in ((), overrides))
+    trained_with, wanted = (flatten_dict(tree.model_dump(mode="json")) for tree in (recorded, config))
+    for key in FIXED_KEYS:
+        if None not in (wanted[key], trained_with[key]) and wanted[key] != trained_with[key]:
+            raise InputError(
+                f"{key}: {wanted[key]}, but {path} was trained with {trained_with[key]}; leave out this override, or "
+                "train a model with it"
+            )
+    normalization = {name: getattr(config.augment, name) or getattr(recorded.augment, name) for name in ("mean", "std")}
+    return config.model_copy(update={"augment": config.augment.model_copy(update=normalization)})
 
 
 def log_temperature(trained: TrainedModel, tta: str | None) -> None:

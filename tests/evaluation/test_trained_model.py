@@ -108,6 +108,31 @@ def test_load_trained_model_rejects_weights_of_another_configuration():
         load_trained_model(None, None, ["model.width=4"])
 
 
+@pytest.mark.usefixtures("trained_run")
+@pytest.mark.parametrize(
+    ("override", "recorded"),
+    [
+        ("data.image_size=64", "32"),
+        ("augment.mean=[0,0,0]", "[0.4914, 0.4822, 0.4465]"),
+        ("augment.std=[1,1,1]", "[0.2023, 0.1994, 0.201]"),
+    ],
+)
+def test_override_that_contradicts_the_weights_is_refused(refused, tiny_file, override, recorded):
+    for words in (["evaluate"], ["predict", tiny_file], ["export"]):
+        line = refused(*words, "--set", override)
+        for expected in (f"{override.partition('=')[0]}: ", "tiny_best.pth was trained with", recorded):
+            assert expected in line
+
+
+@pytest.mark.usefixtures("trained_run")
+def test_override_with_the_recorded_value_or_null_keeps_it():
+    recorded = load_trained_model(None, None).config.augment
+    for overrides in (["augment.mean=null", "augment.std=null"], ["augment.mean=[0.4914,0.4822,0.4465]"]):
+        trained = load_trained_model(None, None, [*overrides, "data.image_size=32", "unsure_below=0.1"])
+        assert trained.config.augment == recorded
+        assert trained.config.unsure_below == 0.1
+
+
 # --- For use in other code ----------------------------------------------------------------------------------------
 
 
