@@ -126,13 +126,19 @@ def count_parameters(config: Config, classes_path: Path) -> int | None:
     Args:
         config: Configuration of the run.
         classes_path: classes.json of the run.
+
+    Raises:
+        InputError: If the model is not registered, or lacks an option.
     """
     try:
         num_classes = len(json.loads(classes_path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
-    with torch.device("meta"):  # shapes only, without memory
-        model = create_model(num_classes=num_classes, **config.model.model_dump())
+    try:
+        with torch.device("meta"):  # shapes only, without memory
+            model = create_model(num_classes=num_classes, **config.model.model_dump())
+    except InputError as error:
+        raise InputError(f"{classes_path.parent.name}: {error}") from None
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -59,6 +59,16 @@ def test_compare_skips_runs_without_valid_metrics(command, trained_run, tmp_path
     assert pd.read_csv(tmp_path / "outputs" / "comparison.csv")["run"].tolist() == [run_dir.name]
 
 
+@pytest.mark.usefixtures("blank_figures")
+def test_compare_names_run_of_model_that_is_not_registered(command, trained_run):
+    other = shutil.copytree(trained_run, trained_run.parent / "mine")
+    config = json.loads((other / "config.json").read_text()) | {"model": {"name": "my_net"}}
+    (other / "config.json").write_text(json.dumps(config))
+    status, out, err = command("compare")
+    assert (status, err) == (0, "")
+    assert "skipped: mine: model.name: unknown model 'my_net'" in out
+
+
 def test_load_latest_evaluations_skips_unlabeled_and_foreign_files(tmp_path, caplog):
     for name, text in (
         ("labeled", '{"run": "a", "accuracy": 0.5}'), ("unlabeled", '{"run": "a"}'), ("foreign", '{"accuracy": 1}'),

@@ -20,6 +20,7 @@ from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import latest_first
 from cifar_ignite.models import create_model
+from cifar_ignite.models.registry import select_options
 from cifar_ignite.training.calibration import PLAIN
 from cifar_ignite.training.device import select_device
 
@@ -149,6 +150,7 @@ def load_trained_model(
         path, saved = find_best_model(output_dir, model_name, lambda record: _fits(record, class_names, dataset))
     record: RunRecord = saved["record"]
     config = _override_config(path, record, [*overrides, f"output_dir={output_dir}"])
+    _check_model(path, config)
     model = create_model(num_classes=len(record.class_names), **config.model.model_dump())
     try:
         model.load_state_dict(saved.get("ema", saved["model"]))
@@ -158,6 +160,18 @@ def load_trained_model(
     model = model.to(memory_format=memory_format(device))
     logger.info("checkpoint  %s (%s, epoch %d)", path, config.model.name, record.epoch)
     return TrainedModel(path, record, config, device, model, saved.get("temperatures", {}))
+
+
+def _check_model(path: Path, config: Config) -> None:
+    """Check that the model of a checkpoint is registered and has the configured options.
+
+    Raises:
+        InputError: If it is not; the message begins with `path`.
+    """
+    try:
+        select_options(**config.model.model_dump())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _override_config(path: Path, record: RunRecord, overrides: Sequence[str]) -> Config:
@@ -224,7 +238,8 @@ def find_best_model(
 
     Args:
         output_dir: Directory that contains best_models.
-        model_name: Experiment of the model. None allows all; files that cannot be loaded are then skipped.
+        model_name: Experiment of the model. None allows all; files that cannot be loaded, and those of models that are
+            not registered, are then skipped.
         fits: Function that returns whether a model fits the data.
 
     Raises:
@@ -235,6 +250,7 @@ def find_best_model(
     for path in _best_models(output_dir, model_name):
         try:
             saved = load_checkpoint(path)
+            _check_model(path, parse_config(saved["record"].config, str(path)))
             if fits(saved["record"]):
                 for other in skipped:
                     logger.info("skipped     %s: trained on other data", other)

@@ -44,13 +44,22 @@ def create_model(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     Raises:
         InputError: If the model is unknown or does not have an option.
     """
+    selected = select_options(name, **options)
+    return MODELS[name](num_classes=num_classes, **selected)
+
+
+def select_options(name: str, **options: Any) -> dict[str, Any]:
+    """Return the options that are not None; arguments and errors are those of `create_model`."""
     if name not in MODELS:
-        raise InputError(f"model.name: unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+        raise InputError(
+            f"model.name: unknown model {name!r}; known: {', '.join(sorted(MODELS))}; import the module that registers "
+            "any other one"
+        )
     selected = {option: value for option, value in options.items() if value is not None}
     known = _option_names(MODELS[name])
     if unknown := sorted(selected.keys() - known):
         raise InputError(f"model.{unknown[0]}: {name} has no such option; {suggest_name(unknown[0], known)}")
-    return MODELS[name](num_classes=num_classes, **selected)
+    return selected
 
 
 def _option_names(builder: ModelBuilder) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar_ignite.config import AugmentConfig
 from cifar_ignite.errors import InputError
@@ -78,6 +79,35 @@ def test_find_best_model_skips_files_that_cannot_be_loaded(trained_names, caplog
     (directory / "a_best.pth").unlink()
     with pytest.raises(InputError, match=r"damaged_best\.pth: not a checkpoint"):
         find(directory, None)
+
+
+def write_unregistered_model(directory):
+    """Write the latest best model, of a model that is not registered, as a script with its own leaves it."""
+    checkpoint = torch.load(directory / "tiny_best.pth", weights_only=True)
+    checkpoint["record"]["config"] |= {"experiment": "mine", "model": {"name": "my_net"}}
+    torch.save(checkpoint, directory / "mine_best.pth")
+    os.utime(directory / "tiny_best.pth", (10, 10))
+
+
+@pytest.mark.usefixtures("trained_run", "blank_figures")
+def test_find_best_model_skips_models_that_are_not_registered(command, tmp_path):
+    write_unregistered_model(tmp_path / "outputs" / "best_models")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    for words in (["evaluate"], ["predict", "a.png"]):
+        status, out, err = command(*words)
+        assert (status, err) == (0, "")
+        assert "mine_best.pth: model.name: unknown model 'my_net'" in out
+        assert "tiny_best.pth (hybrid_resnet" in out
+
+
+@pytest.mark.usefixtures("trained_run")
+def test_unregistered_model_that_is_named_or_the_only_one_is_refused_with_its_path(refused, tmp_path):
+    path = tmp_path / "outputs" / "best_models" / "mine_best.pth"
+    write_unregistered_model(path.parent)
+    for words in (["--model", "mine"], ["--checkpoint", path]):
+        assert "mine_best.pth: model.name: unknown model 'my_net'" in refused("evaluate", *words)
+    (path.parent / "tiny_best.pth").unlink()
+    assert "mine_best.pth: model.name: unknown model 'my_net'" in refused("export")
 
 
 def test_find_best_model_without_any_names_the_fix(tmp_path):
