@@ -1,8 +1,9 @@
 """Loading a trained model from a checkpoint."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cifar_ignite.checkpointing.run_record import RunRecord
 from cifar_ignite.config import AugmentConfig, Config
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.data.dataset import ImageDataset
+from cifar_ignite.data.folder import list_classes
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import latest_first
 from cifar_ignite.models import create_model
@@ -140,14 +142,15 @@ def load_trained_model(
         InputError: If the checkpoint is missing or invalid, or does not match the configuration.
     """
     values = {override.partition("=")[0].strip(): override for override in overrides}
-    selecting = {key: values[key] for key in ("output_dir", "data.dataset") if key in values}
+    selecting = {key: values[key] for key in ("output_dir", "data.dataset", "data.root") if key in values}
     wanted = parse_config({}, "--set", selecting.values())
-    output_dir, dataset = wanted.output_dir, wanted.data.dataset if "data.dataset" in selecting else None
+    output_dir = wanted.output_dir
+    data = {name: getattr(wanted.data, name) for name in ("dataset", "root") if f"data.{name}" in selecting}
     if checkpoint:
         path = Path(checkpoint)
         saved = load_checkpoint(path)
     else:
-        path, saved = find_best_model(output_dir, model_name, lambda record: _fits(record, class_names, dataset))
+        path, saved = find_best_model(output_dir, model_name, lambda record: _fits(record, class_names, data))
     record: RunRecord = saved["record"]
     config = _override_config(path, record, [*overrides, f"output_dir={output_dir}"])
     _check_model(path, config)
@@ -163,11 +166,7 @@ def load_trained_model(
 
 
 def _check_model(path: Path, config: Config) -> None:
-    """Check that the model of a checkpoint is registered and has the configured options.
-
-    Raises:
-        InputError: If it is not; the message begins with `path`.
-    """
+    """Raise an `InputError` that names the checkpoint if its model is not registered or lacks an option."""
     try:
         select_options(**config.model.model_dump())
     except InputError as error:
@@ -285,8 +284,16 @@ def _best_models(output_dir: Path, model_name: str | None) -> list[Path]:
     raise InputError(f"{output_dir / 'best_models'}: no best model{wanted}; {hint}")
 
 
-def _fits(record: RunRecord, class_names: Sequence[str] | None, dataset: str | None) -> bool:
-    """Return whether a model was trained on these classes; if they are not known, on the dataset of this name."""
+def _fits(record: RunRecord, class_names: Sequence[str] | None, data: Mapping[str, Any]) -> bool:
+    """Return whether a model was trained on these classes; if they are None, on the dataset that `data` names.
+
+    A folder is compared by its classes, if it can be listed; the name of any other dataset determines them.
+    """
     if class_names is not None:
         return record.class_names == list(class_names)
-    return dataset is None or parse_config(record.config, record.run).data.dataset == dataset
+    trained_on = parse_config(record.config, record.run).data
+    wanted = trained_on.model_copy(update=data)
+    if wanted.dataset == "folder" and wanted != trained_on:
+        with contextlib.suppress(InputError):  # loading it reports the error
+            return record.class_names == list(list_classes(wanted.root))
+    return wanted.dataset == trained_on.dataset

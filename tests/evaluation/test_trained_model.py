@@ -81,6 +81,47 @@ def test_find_best_model_skips_files_that_cannot_be_loaded(trained_names, caplog
         find(directory, None)
 
 
+@pytest.fixture
+def folder_models(trained_names, tmp_path):
+    """Best models of folders of cats and dogs, and, later, of ants and bees; photos of each are in directories."""
+    directory = trained_names("pets_best.pth", "insects_best.pth")
+    for age, (name, class_names) in enumerate({"pets": ["cat", "dog"], "insects": ["ant", "bee"]}.items()):
+        checkpoint = torch.load(directory / f"{name}_best.pth", weights_only=True)
+        checkpoint["record"]["class_names"] = class_names
+        checkpoint["record"]["config"]["data"] |= {"dataset": "folder", "root": f"gone/{name}"}
+        for weight in list(checkpoint["model"])[-2:]:  # weight and bias of the head
+            checkpoint["model"][weight] = checkpoint["model"][weight][:2].clone()
+        torch.save(checkpoint, directory / f"{name}_best.pth")
+        os.utime(directory / f"{name}_best.pth", (1000 + age, 1000 + age))
+        for class_name in class_names:
+            (tmp_path / name / "test" / class_name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / name / "test" / class_name / "0.png")
+
+
+@pytest.mark.usefixtures("folder_models")
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.root=pets"], "pets"),
+        (["data.dataset=folder", "data.root=pets"], "pets"),
+        (["data.root=insects"], "insects"),
+        (["data.dataset=folder"], "insects"),
+        (["data.root=nowhere"], "insects"),
+        ([], "insects"),
+    ],
+    ids=str,
+)
+def test_load_trained_model_selects_the_latest_of_the_classes_of_a_folder(overrides, expected):
+    assert load_trained_model(None, None, overrides).path.name == f"{expected}_best.pth"
+
+
+@pytest.mark.usefixtures("folder_models", "blank_figures")
+def test_evaluate_selects_the_latest_model_of_the_classes_of_a_folder(command):
+    status, out, err = command("evaluate", "--set", "data.dataset=folder", "--set", "data.root=pets")
+    assert (status, err) == (0, "")
+    assert "insects_best.pth: trained on other data" in out
+
+
 def write_unregistered_model(directory):
     """Write the latest best model, of a model that is not registered, as a script with its own leaves it."""
     checkpoint = torch.load(directory / "tiny_best.pth", weights_only=True)
