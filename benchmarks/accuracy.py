@@ -21,8 +21,10 @@ import pandas as pd
 
 from benchmarks.concurrent_runs import map_runs
 from benchmarks.options import check_counts, create_out, create_parser, exit_on_error, write_json
-from cifar_ignite.config import Config
+from cifar_ignite.config import Config, DataConfig
 from cifar_ignite.config_io import load_config
+from cifar_ignite.data.registry import load_dataset
+from cifar_ignite.errors import InputError
 from cifar_ignite.evaluate import evaluate
 from cifar_ignite.train import train
 from cifar_ignite.training.device import precision_name, select_device
@@ -77,9 +79,10 @@ def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path, jobs: i
         jobs: Number of seeds that are trained at once.
 
     Raises:
-        InputError: If the configuration or the dataset is invalid.
+        InputError: If the configuration or the dataset is invalid, or there is no labeled test set.
         TrainingError: If a run fails.
     """
+    check_test_set(recipe.data)
     device = select_device(recipe.device)
     precision = precision_name(recipe.precision, device)
     seeds: list[dict[str, float]] = []
@@ -100,6 +103,19 @@ def measure(recipe: Config, num_seeds: int, with_curve: bool, out: Path, jobs: i
         result["time_to_accuracy"] = time_to_accuracy(history)
         write_json(out, result)
     return result
+
+
+def check_test_set(config: DataConfig) -> None:
+    """Load the test set, which is first needed after hours of training.
+
+    Raises:
+        InputError: If it is missing, invalid or unlabeled.
+    """
+    if load_dataset(config, train=False).labels is None:
+        raise InputError(
+            f"data.dataset: the test set of {config.dataset} is unlabeled, so its accuracy is not known; measure "
+            "validation accuracies with benchmarks.ablations"
+        )
 
 
 def curve_val_size(recipe: Config) -> int | None:

@@ -1,6 +1,7 @@
 """The accuracy benchmark: seeds, summary and time to an accuracy."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from benchmarks.accuracy import configure_run, curve_val_size, measure, time_to_
 from cifar_ignite.config import Config
 from cifar_ignite.training.environment import format_commit
 from tests.benchmarks.helpers import run_benchmark
+from tests.helpers.images import write_photos
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -50,6 +52,21 @@ def test_measure_without_curve_has_no_time_to_accuracy(tmp_path, tiny_config):
     assert "time_to_accuracy" not in result
     assert json.loads((tmp_path / "accuracy.json").read_text())["summary"].keys() == result["summary"].keys()
     assert result["summary"]["accuracy"]["sd"] == 0
+
+
+@pytest.mark.parametrize(("test_set", "message"), [("missing", "no such directory"), ("unlabeled", "is unlabeled")])
+def test_accuracy_without_labeled_test_set_fails_before_the_first_run(tmp_path, tiny_file, test_set, message):
+    photos = write_photos(tmp_path / "photos", {"train": 10, "test": 4})
+    for directory in (photos / "test").iterdir():
+        for file in directory.iterdir():
+            file.rename(photos / "test" / f"{directory.name}_{file.name}")
+        directory.rmdir()
+    if test_set == "missing":
+        shutil.rmtree(photos / "test")
+    done = run_benchmark("accuracy", ["--config", tiny_file], ["data.dataset=folder", f"data.root={photos}"])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_measure_trains_seeds_at_once(tmp_path, tiny_config, monkeypatch):
