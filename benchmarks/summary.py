@@ -43,13 +43,16 @@ def summarize(directory: Path) -> pd.DataFrame:
     """Return a table of all results in a directory.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or a file is not a result.
     """
     rows = []
     for pattern, create_rows in (("accuracy_*.json", accuracy_rows), ("throughput_*.json", throughput_rows)):
         for path in sorted(directory.glob(pattern)):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            rows += [{"result": path.stem, "figure": name, "value": value} for name, value in create_rows(result)]
+            try:
+                figures = list(create_rows(json.loads(path.read_text(encoding="utf-8"))))
+            except (ValueError, KeyError, TypeError, AttributeError):  # ValueError: not JSON, or not UTF-8
+                raise InputError(f"{path}: not the result of a benchmark; delete it, or measure again") from None
+            rows += [{"result": path.stem, "figure": name, "value": value} for name, value in figures]
     if not rows:
         raise InputError(f"{directory}: no results of benchmarks")
     return pd.DataFrame(rows)

@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.summary import summarize
+from tests.benchmarks.helpers import run_benchmark
 from tests.helpers import REPOSITORY, posix_only
 
 ACCURACY = {
@@ -52,6 +55,14 @@ def test_summary_without_results_fails_with_one_line(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"summary: {tmp_path}: no results of benchmarks\n"
+
+
+@pytest.mark.parametrize("text", [json.dumps(ACCURACY)[:60], '{"seeds": []}', "[]", '{"seeds": 3, "summary": {}}'])
+def test_summary_names_a_file_that_is_no_result(tmp_path, text):
+    (tmp_path / "accuracy_se.json").write_text(text)
+    done = run_benchmark("summary", [tmp_path])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'accuracy_se.json'}: not the result of a benchmark" in done.stderr
 
 
 def plan_of_gpu_script(tmp_path, **options) -> tuple[list[list[str]], subprocess.CompletedProcess]:
