@@ -3,9 +3,9 @@
     python -m benchmarks.ablations --config se_fast --seeds 2 --set train.epochs=5 --set model.width=16 \
         --change optimizer.nesterov=false --change train.ema_decay=null --change "optimizer.lr=0.3 data.batch_size=256"
 
-The test set is never read. The figure is the validation accuracy after the last epoch. Seeds are the outer loop, so
-that an interrupted benchmark has compared all changes on fewer seeds. FILE.json is rewritten after each run. `--jobs`
-runs several at once: one per core of a CPU, or about ten on a GPU with as many cores.
+The test set is never read. The figure is the validation accuracy after the last epoch, and 0 if training diverged.
+Seeds are the outer loop, so that an interrupted benchmark has compared all changes on fewer seeds. FILE.json is
+rewritten after each run. `--jobs` runs several at once: one per core of a CPU, or about ten on a GPU with as many cores.
 """
 
 import argparse
@@ -19,35 +19,42 @@ from benchmarks.concurrent_runs import map_runs
 from benchmarks.options import check_counts, create_out, create_parser, exit_on_error, write_json
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
-from cifar_ignite.errors import NonFiniteError
+from cifar_ignite.errors import InputError, NonFiniteError
 from cifar_ignite.train import train
 from cifar_ignite.training.device import select_device
 from cifar_ignite.training.environment import describe_environment
 
 UNCHANGED = "none"
-CHANCE_ACCURACY = 0.1
+DIVERGED_ACCURACY = 0.0
 
 
 def last_val_acc(config: Config) -> float:
-    """Train, and return the last epoch's validation accuracy in [0, 1]; that of a guess if training diverges."""
+    """Train, and return the last epoch's validation accuracy in [0, 1]; 0 if training diverges."""
     try:
         result = train(config)
     except NonFiniteError as error:
-        print(f"diverged: {error}")
-        return CHANCE_ACCURACY
+        print(f"diverged, which counts as an accuracy of 0: {error}")
+        return DIVERGED_ACCURACY
     return float(result.history["val_acc"].iloc[-1])
 
 
 def load_configs(options: argparse.Namespace) -> dict[tuple[int, str], Config]:
-    """Return the configuration of each run, by seed and change, in the order of execution."""
+    """Return the configuration of each run, by seed and change, in the order of execution.
+
+    Raises:
+        InputError: If one is invalid, or has no validation images.
+    """
     changes = {UNCHANGED: [], **{change: change.split() for change in options.change}}
-    return {
+    configs = {
         (seed, change): load_config(
             options.config, [*options.overrides, f"seed={seed}", "experiment=ablation", *overrides]
         )
         for seed in range(options.seeds)
         for change, overrides in changes.items()
     }
+    if any(config.data.val_size == 0 for config in configs.values()):
+        raise InputError("data.val_size: 0 leaves no validation images, which are what ablations measure; use null")
+    return configs
 
 
 def measure(options: argparse.Namespace, out: Path) -> dict[str, list[float]]:

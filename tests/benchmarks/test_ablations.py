@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations
-from benchmarks.ablations import CHANCE_ACCURACY, UNCHANGED, change_table, last_val_acc
+from benchmarks.ablations import DIVERGED_ACCURACY, UNCHANGED, change_table, last_val_acc
 from cifar_ignite.errors import NonFiniteError, TrainingError
 from tests.benchmarks.helpers import run_benchmark
 
@@ -36,13 +36,21 @@ def test_ablations_compare_changes_by_seed_without_reading_the_test_set(tmp_path
 
 
 @pytest.mark.parametrize("error", [NonFiniteError("the gradient is not finite"), TrainingError("no space left")])
-def test_last_val_acc_of_a_diverged_run_is_chance_and_other_errors_are_raised(tiny_config, monkeypatch, error):
+def test_last_val_acc_of_a_diverged_run_is_zero_and_other_errors_are_raised(tiny_config, monkeypatch, error):
     def fail(config):
         raise error
 
     monkeypatch.setattr(ablations, "train", fail)
     if isinstance(error, NonFiniteError):
-        assert last_val_acc(tiny_config()) == CHANCE_ACCURACY
+        assert last_val_acc(tiny_config()) == DIVERGED_ACCURACY == 0
     else:
         with pytest.raises(TrainingError):
             last_val_acc(tiny_config())
+
+
+@pytest.mark.parametrize("arguments", [["--set=data.val_size=0"], ["--change=data.val_size=0"]])
+def test_ablations_without_validation_images_are_refused_before_training(tmp_path, tiny_file, arguments):
+    done = run_benchmark("ablations", ["--config", tiny_file, *arguments])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "data.val_size" in done.stderr
+    assert not (tmp_path / "outputs").exists()
