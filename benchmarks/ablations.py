@@ -5,7 +5,8 @@
 
 The test set is never read. The figure is the validation accuracy after the last epoch, and 0 if training diverged.
 Seeds are the outer loop, so that an interrupted benchmark has compared all changes on fewer seeds. FILE.json is
-rewritten after each run. `--jobs` runs several at once: one per core of a CPU, or about ten on a GPU with as many cores.
+rewritten after each run. `--jobs` runs several at once: one per core of a CPU, or about ten on a GPU with as many
+cores.
 """
 
 import argparse

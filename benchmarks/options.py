@@ -11,8 +11,10 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
+from cifar_ignite.config import DataConfig
+from cifar_ignite.data import DATASETS
 from cifar_ignite.errors import InputError, TrainingError
-from cifar_ignite.files import write_text
+from cifar_ignite.files import atomic_write, write_text
 
 
 def create_parser(name: str, description: str | None, config: str) -> argparse.ArgumentParser:
@@ -76,15 +78,23 @@ def check_counts(**counts: int) -> None:
             raise InputError(f"--{name} {count}: use at least 1")
 
 
+def check_dataset(config: DataConfig) -> None:
+    """Raise an `InputError` if no such dataset is registered; for benchmarks on random images, which load none."""
+    if config.dataset not in DATASETS:
+        raise InputError(f"data.dataset: unknown dataset {config.dataset!r}; known: {', '.join(sorted(DATASETS))}")
+
+
 def create_out(out: Path | None, name: str) -> Path:
-    """Return the path of the output files without suffix, in an existing directory; None is a temporary one."""
+    """Return the path of the output files without ".json", in an existing directory; None is a temporary one."""
     out = out or Path(tempfile.mkdtemp()) / name
+    out = out.with_name(out.name.removesuffix(".json"))
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 
 
 def write_json(out: Path, result: dict[str, Any]) -> Path:
-    """Write or replace {out}.json, and return its path."""
+    """Write or replace {out}.json atomically, and return its path."""
     path = out.with_name(f"{out.name}.json")
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    with atomic_write(path) as temp_path:
+        write_text(temp_path, json.dumps(result, indent=2) + "\n")
     return path

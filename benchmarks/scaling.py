@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measuring import synchronize
-from benchmarks.options import create_out, create_parser, exit_on_error, write_json
+from benchmarks.options import check_dataset, create_out, create_parser, exit_on_error, write_json
 from benchmarks.workloads import Setup, create_setup, project_workload, random_dataset
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
@@ -157,6 +157,7 @@ def main() -> int:
     options = parse_options()
     with exit_on_error("scaling"):
         config = load_config(options.config, ["data.val_size=0", "compile=off", *options.overrides])
+        check_dataset(config.data)
         if options.row:
             measure_row(options, config)
             return 0

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.baseline import baseline_pipeline_workload, baseline_workload, kornia_workload
 from benchmarks.measuring import Workload, measure_rates, peak_memory, profile, rate_table, synchronize
-from benchmarks.options import create_out, create_parser, exit_on_error, first_line, write_json
+from benchmarks.options import check_dataset, create_out, create_parser, exit_on_error, first_line, write_json
 from benchmarks.workloads import (
     Setup,
     bare_step_workload,
@@ -98,6 +98,7 @@ def measure(options: argparse.Namespace, out: Path) -> Results:
         TrainingError: If compilation was requested and fails.
     """
     config = load_config(options.config, [*options.overrides, "data.val_size=0"])
+    check_dataset(config.data)
     device = select_device(config.device)
     if (largest := max([config.data.batch_size, *options.batch_sizes])) > options.images:
         raise InputError(f"--images {options.images}: fewer than one batch of {largest}; use at least {largest}")
