@@ -149,7 +149,7 @@ def load_latest_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             if "accuracy" in metrics:
-                check_accuracies(metrics)
+                check_numbers(metrics)
                 latest[metrics["run"]] = metrics
         except FileNotFoundError:  # deleted meanwhile
             continue
@@ -158,11 +158,15 @@ def load_latest_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     return latest
 
 
-def check_accuracies(metrics: dict[str, Any]) -> None:
-    """Raise a KeyError, TypeError or AttributeError if an accuracy in metrics.json is missing or is not a number."""
-    for accuracy in (metrics["accuracy"], metrics.get("tta", metrics)["accuracy"]):
-        if not isinstance(accuracy, float):
-            raise TypeError(f"expected an accuracy, got {accuracy!r}")
+def check_numbers(metrics: dict[str, Any]) -> None:
+    """Raise a KeyError, TypeError or AttributeError if a number of metrics.json is missing or is something else.
+
+    Evaluations without test-time augmentation have no accuracy with it.
+    """
+    accuracies = [metrics["accuracy"], metrics.get("tta", metrics)["accuracy"]]
+    for value in [*accuracies, metrics.get("expected_calibration_error", 0.0)]:
+        if not isinstance(value, float):
+            raise TypeError(f"expected a number, got {value!r}")
 
 
 def format_comparison(table: pd.DataFrame) -> pd.DataFrame:

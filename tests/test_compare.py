@@ -79,6 +79,28 @@ def test_load_latest_evaluations_skips_unlabeled_and_foreign_files(tmp_path, cap
     assert "foreign/metrics.json: not the metrics of an evaluation" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"accuracy": "0.5"},
+        {"accuracy": None},
+        {"expected_calibration_error": "NaN"},
+        {"expected_calibration_error": None},
+        {"expected_calibration_error": [0.1]},
+        {"tta": None},
+        {"tta": {"accuracy": "0.5"}},
+        {"run": ["a"]},
+    ],
+    ids=str,
+)
+def test_load_latest_evaluations_skips_metrics_that_are_no_numbers(tmp_path, caplog, damage):
+    metrics = {"run": "a", "accuracy": 0.5, "expected_calibration_error": 0.1, "tta": {"accuracy": 0.6}}
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "metrics.json").write_text(json.dumps(metrics | damage))
+    assert load_latest_evaluations(tmp_path) == {}
+    assert "damaged/metrics.json: not the metrics of an evaluation" in caplog.text
+
+
 @pytest.mark.parametrize("has_started_run", [False, True])
 def test_compare_without_completed_epochs_names_the_fix(command, tmp_path, has_started_run):
     if has_started_run:
