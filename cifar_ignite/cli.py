@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from cifar_ignite.config_io import load_config
@@ -154,22 +153,22 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _path(text: str) -> Path:
-    """Return a path with `~` expanded, as not every shell does after the `=` of a variable of make."""
-    return Path(os.path.expanduser(text))
+# A path with `~` expanded, as not every shell does after the `=` of a variable of make. The functions of the commands
+# refuse an empty one, which `Path` would turn into the current directory.
+_path = os.path.expanduser
 
 
 def _add_train_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
-        type=os.path.expanduser,
+        type=_path,
         required=True,
         metavar="NAME|FILE",
         help="shipped configuration, for example se_fast, or a JSON file",
     )
     command.add_argument(
         "--resume",
-        type=os.path.expanduser,
+        type=_path,
         metavar="latest|PATH",
         help="resume the latest run of the experiment, a run directory, its checkpoints directory, or a file in there",
     )

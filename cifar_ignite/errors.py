@@ -90,6 +90,20 @@ def translate_missing_operators() -> Iterator[None]:
         ) from None
 
 
+def check_named(**names: object) -> None:
+    """Check that no name that a user may leave out is empty, as an unset variable of a shell is.
+
+    Args:
+        names: Paths or names by what they name.
+
+    Raises:
+        InputError: If one is an empty string.
+    """
+    for what, name in names.items():
+        if name == "":
+            raise InputError(f"{what}: an empty name; is a variable unset? Name something, or leave {what} out")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,6 +16,8 @@ from cifar_ignite.data.registry import load_dataset_on_ranks
 from cifar_ignite.data.unlabeled import load_unlabeled_test_set
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import distributed_context
+from cifar_ignite.errors import check_named
+from cifar_ignite.evaluation.arguments import check_arguments
 from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
 from cifar_ignite.evaluation.metrics import (
     EvaluationResult,
@@ -55,9 +57,11 @@ def evaluate(
         Predictions, metrics, and the directory that rank 0 has written them into.
 
     Raises:
-        InputError: If the checkpoint or the dataset is missing or invalid, or their classes differ; nothing was
-            written.
+        InputError: If an argument, the checkpoint or the dataset is missing or invalid, or their classes differ;
+            nothing was written.
     """
+    check_arguments(checkpoint, model_name, tta)
+    check_named(test_file=test_file)
     test_file = Path(test_file) if test_file else None
     trained = load_trained_model(checkpoint, model_name, overrides, CIFAR10_CLASSES if test_file else None)
     with distributed_context(trained.device, dist_env_from_environ()) as context:

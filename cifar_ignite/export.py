@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from cifar_ignite.config import SyntheticConfig
 from cifar_ignite.data.synthetic import make_synthetic
 from cifar_ignite.errors import TrainingError
+from cifar_ignite.evaluation.arguments import check_arguments
 from cifar_ignite.evaluation.trained_model import NormalizedModel, load_trained_model, log_temperature
 from cifar_ignite.files import atomic_write, translate_write_errors
 from cifar_ignite.training.device import dtype_name
@@ -50,9 +51,11 @@ def export(
         Files in `output_dir`/exports: .pt2 for torch.export.load, and .onnx if the packages for it are installed.
 
     Raises:
-        InputError: If the checkpoint is missing or does not match its configuration, or a file cannot be written.
+        InputError: If an argument is invalid, the checkpoint is missing or does not match its configuration, or a file
+            cannot be written.
         TrainingError: If a logit of a program differs by more than `LOGIT_TOLERANCE`; its file is not written.
     """
+    check_arguments(checkpoint, model_name)
     trained = load_trained_model(checkpoint, model_name, overrides)
     config, directory = trained.config, trained.config.output_dir / "exports"
     model = NormalizedModel.from_trained(trained).to(memory_format=torch.contiguous_format)

@@ -12,7 +12,8 @@ import pandas as pd
 from cifar_ignite.config import Config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.image_files import find_images, load_images, printable
-from cifar_ignite.errors import InputError
+from cifar_ignite.errors import InputError, check_named
+from cifar_ignite.evaluation.arguments import check_arguments
 from cifar_ignite.evaluation.inference import create_inference_forward, run_inference
 from cifar_ignite.evaluation.metrics import prediction_table
 from cifar_ignite.evaluation.trained_model import load_trained_model, log_temperature
@@ -58,10 +59,12 @@ def predict(
         Table of predictions, and predictions.csv in a new directory.
 
     Raises:
-        InputError: If there is no checkpoint, a path does not exist, or no file is readable; nothing was written.
+        InputError: If an argument is invalid, there is no checkpoint, a path does not exist, or no file is readable;
+            nothing was written.
     """
+    check_arguments(checkpoint, model_name, tta)
+    named = check_paths([paths] if isinstance(paths, str | Path) else paths)
     trained = load_trained_model(checkpoint, model_name, overrides)
-    named = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     files = find_images(named)
     images, unreadable = load_images(files, trained.config.data.image_size)
     for file, reason in unreadable.items():
@@ -82,6 +85,19 @@ def predict(
     path = write_predictions(table, trained.config)
     logger.info("predictions  %s (%d of %d files)", printable(path), len(readable), len(files))
     return Predictions(table, path)
+
+
+def check_paths(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the paths that a user named.
+
+    Raises:
+        InputError: If there are none, or one is empty.
+    """
+    if not len(paths):
+        raise InputError("paths: no image or directory of images is named")
+    for path in paths:
+        check_named(paths=path)
+    return [Path(path) for path in paths]
 
 
 def write_predictions(table: pd.DataFrame, config: Config) -> Path:

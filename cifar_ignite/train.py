@@ -126,7 +126,7 @@ def train(
     resume_state, resume_error = None, None
     config = parse_config(config.model_dump(mode="json"), "configuration", overrides)
     try:
-        resume_state = resolve_resume(config, str(resume), overrides, allow_changes) if resume else None
+        resume_state = resolve_resume(config, str(resume), overrides, allow_changes) if resume is not None else None
     except InputError as error:
         resume_error = error
     config = resume_state.config if resume_state else config

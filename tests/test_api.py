@@ -23,6 +23,7 @@ from cifar_ignite import (
     TrainingError,
     TrainingInterrupted,
     evaluate,
+    export,
     load_config,
     load_dataset,
     load_model,
@@ -30,7 +31,7 @@ from cifar_ignite import (
     train,
 )
 from cifar_ignite.checkpointing.io import load_checkpoint
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, snapshot
 from tests.helpers.runs import call_at_iteration, send_signal
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -211,6 +212,32 @@ def test_trained_model_gives_the_same_predictions_everywhere(tiny_config, tmp_pa
     predictions = predict(path, result.best_model, overrides=overrides)
     assert predictions.table["predicted"].tolist() == [details["predicted"][3]]
     assert pd.read_csv(predictions.path)["file"].tolist() == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda best: predict([], best), "paths"),
+        (lambda best: predict("", best), "paths"),
+        (lambda best: predict([""], best), "paths"),
+        (lambda best: predict(".", best, tta="flips"), "tta"),
+        (lambda best: evaluate(best, tta="flips"), "tta"),
+        (lambda best: evaluate(best, tta=""), "tta"),
+        (lambda best: evaluate(best, model_name="xx"), "model_name"),
+        (lambda best: predict(".", best, model_name="xx"), "model_name"),
+        (lambda best: export(best, model_name="xx"), "model_name"),
+        (lambda best: evaluate(""), "checkpoint"),
+        (lambda best: evaluate(model_name=""), "model_name"),
+        (lambda best: evaluate(best, test_file=""), "test_file"),
+        (lambda best: train(load_config("demo"), resume=""), "resume"),
+    ],
+)
+def test_invalid_argument_is_refused_by_its_name(trained_run, tmp_path, call, name):
+    (best,) = (trained_run / "checkpoints").glob("*.pth")
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=rf"^{name}: "):
+        call(best)
+    assert snapshot(tmp_path) == before
 
 
 def test_invalid_input_and_failed_runs_raise(tiny_config, tmp_path, capfd):

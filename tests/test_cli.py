@@ -123,6 +123,25 @@ def test_invalid_configuration_is_refused(refused, tmp_path, text, message):
     assert message in refused("train", "--config", path)
 
 
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["train", "--config", "tiny.json", "--resume", ""], "resume"),
+        (["evaluate", "--checkpoint", ""], "checkpoint"),
+        (["evaluate", "--model", ""], "model_name"),
+        (["evaluate", "--test-file", ""], "test_file"),
+        (["predict", ""], "paths"),
+        (["predict", ".", ""], "paths"),
+        (["predict", "--checkpoint", "", "."], "checkpoint"),
+        (["export", "--model", ""], "model_name"),
+    ],
+)
+@pytest.mark.usefixtures("tiny_file")
+def test_empty_name_as_of_an_unset_variable_is_refused(refused, words, name):
+    assert refused(*words).startswith(f"cifar_ignite: {name}: ")
+
+
 def test_unreadable_configuration_is_refused(refused, tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
     assert "none.json: cannot read the configuration: No such file" in refused("train", "--config", "none.json")

@@ -24,7 +24,7 @@ from cifar_ignite.checkpointing.full_checkpoints import (
 from cifar_ignite.config import OPTIMIZER_LAYOUT_KEYS, RESOLVED_KEYS, RESUME_SAFE_KEYS, Config
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.distributed.collectives import SyncedMetrics, broadcast_from_rank0
-from cifar_ignite.errors import InputError, first_line
+from cifar_ignite.errors import InputError, check_named, first_line
 from cifar_ignite.files import check_listable
 
 Changes = dict[str, tuple[Any, Any]]
@@ -267,6 +267,7 @@ def diff_configs(saved_tree: dict[str, Any], config: Config) -> Changes:
 
 def _find_checkpoint(config: Config, resume: str) -> tuple[Path | None, Path | None, dict[str, Any]]:
     """Return run directory, full checkpoint and its content; see `ResumeState` for what may be missing."""
+    check_named(resume=resume)
     if resume == "latest":
         run_dir = latest_run(config.output_dir / "training_runs", config.experiment)
         return run_dir, *load_latest_valid(full_checkpoints(run_dir))
