@@ -69,7 +69,7 @@ def evaluate(
         dataset_name = test_file.name if test_file else f"{trained.config.data.dataset} test set"
         check_fits(trained, dataset, dataset_name)
         logger.info("test set    %s (%s images)", test_file or trained.config.data.dataset, f"{len(dataset):,}")
-        evaluation = evaluate_model(trained, dataset, dataset_name, tta)
+        evaluation = replace(evaluate_model(trained, dataset, dataset_name, tta), test_file=test_file)
         if not context.env.is_primary:
             return evaluation
         directory = write_evaluation(evaluation)

@@ -28,6 +28,7 @@ from cifar_ignite.evaluation.metrics import (
     most_confident_errors,
     sure_predictions,
 )
+from cifar_ignite.evaluation.reproduction import reproducing_commands
 from cifar_ignite.evaluation.trained_model import TrainedModel
 from cifar_ignite.files import write_text
 from cifar_ignite.image_plots import plot_misclassified
@@ -60,6 +61,7 @@ class Evaluation:
         result: Metrics of the model.
         tta: Name of the test-time augmentation; None without.
         tta_result: Metrics with test-time augmentation; None without.
+        test_file: Unlabeled test pickle that was evaluated; None for the test set of a dataset.
         directory: Directory that the files were written into; None on ranks other than 0.
     """
 
@@ -70,6 +72,7 @@ class Evaluation:
     result: EvaluationResult = field(repr=False)
     tta: str | None = None
     tta_result: EvaluationResult | None = field(default=None, repr=False)
+    test_file: Path | None = None
     directory: Path | None = None
 
     @property
@@ -106,8 +109,7 @@ def write_report(evaluation: Evaluation, directory: Path) -> None:
         is_large=len(record.class_names) > MANY_CLASSES,
         per_class=format_per_class_table(evaluation.result.per_class),
         figures=write_figures(evaluation, directory),
-        command=evaluation.environment["command"],
-        tta=evaluation.tta,
+        commands=reproducing_commands(trained, evaluation.tta, evaluation.test_file),
         environment=environment_table({**training_environments(record), "evaluation": evaluation.environment}),
         changed_keys=diff_from_defaults(record.config),
         config=json.dumps(record.config, indent=2),

@@ -1,8 +1,10 @@
 """The report page of an evaluation."""
 
+import glob
 import html.parser
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -63,7 +65,7 @@ def test_report_shows_metrics_images_and_confusion_matrix(evaluation_dir):
     words = " ".join(" ".join(page.words).split())
     for expected in (
         f"{summary['accuracy']:.2%}", f"{summary['tta']['accuracy']:.2%}", f"{summary['loss']:.4f}", summary["run"],
-        "hybrid_resnet", "evaluate --model tiny --tta flip", '"label_smoothing": 0.1',
+        "hybrid_resnet", "evaluate --model tiny --set output_dir=reproduced --tta flip", '"label_smoothing": 0.1',
         f"{summary['uncalibrated']['expected_calibration_error']:.2%}", f"temperature {summary['temperature']:.3f}",
         f"at least 70% are {summary['sure']['fraction']:.1%} of the images",
     ):  # fmt: skip
@@ -95,6 +97,37 @@ def test_figures_of_evaluation_are_not_empty(evaluation_dir):
     ):
         pixels = np.asarray(Image.open(evaluation_dir / f"{name}.png").convert("L"))
         assert (pixels < 250).mean() > min_fraction, name
+
+
+@pytest.mark.usefixtures("blank_figures", "trained_run")
+def test_commands_of_report_reproduce_evaluation(command, tmp_path):
+    """Of the best model, of a full checkpoint, and on a test file: each through the API, in another directory."""
+    (tmp_path / "outputs").rename(tmp_path / "my runs")
+    (full,) = (tmp_path / "my runs" / "training_runs").glob("*/checkpoints/epoch_*.pt")
+    test_file, overrides = (
+        write_unlabeled_test_file(tmp_path / "a 'test'.pkl"),
+        ["output_dir=my runs", "precision=fp32"],
+    )
+    evaluations = [
+        evaluate(overrides=overrides, tta="flip"),
+        evaluate(full, overrides=[*overrides, "unsure_below=0.9"]),
+        evaluate(test_file=test_file, overrides=overrides),
+    ]
+    pages = [Page((evaluation.directory / "report.html").read_text()) for evaluation in evaluations]
+    (tmp_path / "config.json").write_text(next(word for word in pages[0].words if word.startswith("{\n")))
+    commands = [next(word for word in page.words if word.startswith("python -m")).splitlines() for page in pages]
+    assert len({train for train, _ in commands}) == 1
+    for line in (commands[0][0], *(line for _, line in commands)):
+        words = [found for word in shlex.split(line)[3:] for found in glob.glob(word) or [word]]
+        assert command(*words)[0] == 0
+    repeated = sorted((tmp_path / "reproduced" / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for evaluation, directory in zip(evaluations, repeated, strict=True):
+        for name in ("details.csv", "predictions.csv"):
+            assert (directory / name).read_bytes() == (evaluation.directory / name).read_bytes()
+        settings = [json.loads((path / "metrics.json").read_text()) for path in (evaluation.directory, directory)]
+        for metrics in settings:
+            del metrics["run"], metrics["environment"]["command"]
+        assert settings[0] == settings[1]
 
 
 @pytest.mark.usefixtures("blank_figures", "trained_run")
