@@ -5,24 +5,28 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from cifar_ignite.plots import create_figure, default_style
+from cifar_ignite.figures import DPI, Axes, Figure, create_figure, default_style, shorten, text_width
 
 MAX_SHEET_CLASSES = 100
 GAP = 2  # white pixels between the images of a sheet
-MAX_TITLE_ID = 10  # characters
-TITLE_HEIGHT = 0.28  # of two lines above an image, as a fraction of its height
+TITLE_HEIGHT = 0.3  # of three lines above an image, as a fraction of its height
+TITLE_SIZE, LABEL_SIZE, HEADING_SIZE = 8, 10, 12  # points
+MAX_LABEL_WIDTH = 3.0  # inches
+
+# A line above an image: the text before a name, the name, which is shortened if it is too long, the text after it.
+Line = tuple[str, str, str]
 
 
-@default_style
-def plot_image_grid(images: np.ndarray, titles: Sequence[str], heading: str, path: Path, columns: int = 6) -> None:
+@default_style()
+def plot_image_grid(
+    images: np.ndarray, titles: Sequence[Sequence[Line]], heading: str, path: Path, columns: int = 6
+) -> None:
     """Plot images with a title each.
 
     Args:
         images: uint8 (N, size, size, 3).
-        titles: N titles, of two lines at most.
+        titles: N titles, of three lines at most.
         heading: Title of the figure.
         path: PNG file.
         columns: Images per row.
@@ -34,12 +38,22 @@ def plot_image_grid(images: np.ndarray, titles: Sequence[str], heading: str, pat
     figure.suptitle(heading)
     axes = _show_sheet(figure, create_sheet(rows, size, columns, header))
     axes.set_yticks([])
-    for index, title in enumerate(titles):
+    figure.draw_without_rendering()  # which lays the figure out
+    width = np.ptp(axes.transData.transform([(0, 0), (size, 0)])[:, 0]) / DPI
+    for index, lines in enumerate(titles):
+        title = "\n".join(format_line(line, width) for line in lines)
         row, column = divmod(index, columns)
         left, bottom = column * (size + GAP), row * (size + GAP + header) + header
-        text = axes.text(left + size / 2, bottom - size / 32, title, fontsize=8, ha="center", va="bottom")
-        text.set_in_layout(False)  # a long title would shrink the images
+        center = left + size / 2
+        text = axes.text(center, bottom - size / 32, title, fontsize=TITLE_SIZE, ha="center", va="bottom")
+        text.set_in_layout(False)  # the figure is laid out
     figure.savefig(path, format="png")
+
+
+def format_line(line: Line, width: float) -> str:
+    """Return a line of a title, with the name shortened so that the line is no wider than `width` inches."""
+    before, name, after = line
+    return f"{before}{shorten(name, TITLE_SIZE, width - text_width(before + after, TITLE_SIZE))}{after}"
 
 
 def create_sheet(rows: Sequence[np.ndarray], size: int, columns: int, header: int = 0) -> np.ndarray:
@@ -81,15 +95,14 @@ def plot_misclassified(errors: pd.DataFrame, images: np.ndarray, path: Path) -> 
         path: PNG file.
     """
     titles = [
-        f"pred {error['predicted']} ({error['confidence']:.1%})\ntrue {error['true']}, ID {shorten(str(error['ID']))}"
+        [
+            ("pred ", error["predicted"], f" ({error['confidence']:.1%})"),
+            ("true ", error["true"], ""),
+            ("ID ", str(error["ID"]), ""),
+        ]
         for error in errors.to_dict("records")
     ]
     plot_image_grid(images, titles, "Most confident errors" if len(errors) else "No errors", path)
-
-
-def shorten(text: str) -> str:
-    """Return the end of a text that would not fit above an image: that of a path distinguishes it."""
-    return text if len(text) <= MAX_TITLE_ID else f"…{text[1 - MAX_TITLE_ID :]}"
 
 
 def plot_train_batch(images: np.ndarray, targets: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -101,19 +114,19 @@ def plot_train_batch(images: np.ndarray, targets: np.ndarray, class_names: Seque
         class_names: Names in label order.
         path: PNG file.
     """
-    titles = [format_target(target, class_names) for target in targets]
+    titles = [target_lines(target, class_names) for target in targets]
     plot_image_grid(images, titles, "First augmented training images", path, columns=8)
 
 
-def format_target(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """Return "cat", or "cat 70%" and "dog 30%" in two lines for a distribution over two classes."""
+def target_lines(target: np.ndarray, class_names: Sequence[str]) -> list[Line]:
+    """Return the line "cat", or "cat 70%" and "dog 30%" for a distribution over two classes."""
     labels = [int(label) for label in np.argsort(-target, kind="stable") if target[label] > 0]
     if len(labels) == 1:
-        return class_names[labels[0]]
-    return "\n".join(f"{class_names[label]} {target[label]:.0%}" for label in labels)
+        return [("", class_names[labels[0]], "")]
+    return [("", class_names[label], f" {target[label]:.0%}") for label in labels]
 
 
-@default_style
+@default_style()
 def plot_class_samples(samples: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
     """Plot a row of images per class; of more than `MAX_SHEET_CLASSES` classes, the first ones.
 
@@ -124,9 +137,14 @@ def plot_class_samples(samples: Sequence[tuple[str, np.ndarray]], path: Path) ->
     shown = samples[:MAX_SHEET_CLASSES]
     rows, size = [images for _, images in shown], shown[0][1].shape[1]
     columns = max(map(len, rows))
-    figure = create_figure((0.75 * columns + 2.5, 0.75 * len(shown) + 0.8))
-    axes = _show_sheet(figure, create_sheet(rows, size, columns))
     omitted = f" (the first {len(shown)} of {len(samples)} classes)" if len(shown) < len(samples) else ""
-    axes.set_title(f"Samples of each class{omitted}")
-    axes.set_yticks([(row + 0.5) * (size + GAP) for row in range(len(shown))], [label for label, _ in shown])
+    heading = f"Samples of each class{omitted}"
+    labels = [shorten(label, LABEL_SIZE, MAX_LABEL_WIDTH) for label, _ in shown]
+    sheet_width = 0.75 * columns + max(text_width(label, LABEL_SIZE) for label in labels)
+    width = max(sheet_width, text_width(heading, HEADING_SIZE)) + 0.3
+    figure = create_figure((width, 0.75 * len(shown) + 0.8))
+    figure.set_layout_engine("compressed")  # leaves room for labels beside axes of a fixed aspect
+    figure.suptitle(heading, fontsize=HEADING_SIZE)
+    axes = _show_sheet(figure, create_sheet(rows, size, columns))
+    axes.set_yticks([(row + 0.5) * (size + GAP) for row in range(len(shown))], labels, fontsize=LABEL_SIZE)
     figure.savefig(path, format="png")

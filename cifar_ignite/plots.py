@@ -1,11 +1,5 @@
-"""Figures as PNG files, drawn without a display: on Agg's canvas and in matplotlib's default style.
+"""Figures of training histories, predictions and runs, as PNG files."""
 
-Neither MPLBACKEND nor a matplotlibrc file has an effect.
-"""
-
-import contextlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,40 +7,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cifar_ignite.figures import (
+    Axes,
+    MaxNLocator,
+    PercentFormatter,
+    create_axes,
+    create_figure,
+    default_style,
+    shorten,
+    text_width,
+)
 
-def _import_matplotlib() -> None:
-    """Import matplotlib, which raises if MPLBACKEND names a backend that is not installed.
-
-    Child processes of a notebook inherit its MPLBACKEND. Where that is valid, it stays the backend of other figures.
-    """
-    if "matplotlib" in sys.modules:
-        return
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
-
-
-_import_matplotlib()
-
-from matplotlib import style  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
-
-# A decorator: figures are drawn in this style. Dollar signs in names of classes, files and runs start no formula.
-default_style = style.context(["default", {"text.parse_math": False}])
-DPI = 110
 # Above this number of classes, a confusion matrix shows errors only, in a smaller text.
 MANY_CLASSES = 20
+MAX_NAME_WIDTH = 2.0  # inches; longer names are shortened
 # Confidences that are marked in the curve of accuracy against coverage.
 MARKED_CONFIDENCES = (0.5, 0.9, 0.99)
+MARKERS = "os^D"  # of these confidences and another one; where they coincide, their shapes can be distinguished
 # The accuracy on less is noise: one error among the very first images would set the scale.
 MIN_COVERAGE = 0.01
 TRAIN_COLOR, VAL_COLOR = "tab:blue", "tab:orange"
@@ -58,7 +35,7 @@ CURVE_LABELS = {
 }
 
 
-@default_style
+@default_style()
 def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) -> None:
     """Write loss.png, accuracy.png and learning_rate.png into `directory`.
 
@@ -73,7 +50,7 @@ def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) 
         ("accuracy", "Accuracy", ["train_acc", "val_acc"]),
         ("learning_rate", "Learning rate", ["lr"]),
     ):
-        figure, axes = _create_axes(title, "epoch")
+        figure, axes = create_axes(title, "epoch")
         for column, color in zip(columns, (TRAIN_COLOR, VAL_COLOR), strict=False):
             if table[column].notna().any():
                 marker = "o" if len(table) < 30 else None
@@ -86,31 +63,35 @@ def plot_training_curves(history: Sequence[Mapping[str, Any]], directory: Path) 
         figure.savefig(directory / f"{name}.png", format="png")
 
 
-@default_style
+@default_style()
 def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Plot counts by true class (row) and predicted class (column), colored by their fraction of the row.
 
-    The figure grows with the number of classes; with many, zeros are left out and the text is smaller.
+    The figure grows with the number of classes, the largest count and the names; with many classes, zeros are left out
+    and the text is smaller.
     """
     num_classes = len(class_names)
     is_large = num_classes > MANY_CLASSES
-    side = max(7.0, 0.24 * num_classes + 2)
-    figure, axes = _create_axes("Confusion matrix", "predicted class", size=(side + 0.5, side))
+    font_size, name_size = (5.5, 8) if is_large else (8, 10)
+    names = [shorten(name, name_size, MAX_NAME_WIDTH) for name in class_names]
+    cell = max(0.24, text_width(str(matrix.max()), font_size) + 0.08)
+    side = max(5.0, cell * num_classes) + max(text_width(name, name_size) for name in names) + 1
+    figure, axes = create_axes("Confusion matrix", "predicted class", size=(side, side))
     fractions = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
         if count or not is_large:
             color = "white" if fractions[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=5.5 if is_large else 8)
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=font_size)
     axes.set_ylabel("true class")
     angle = {"rotation": 90} if is_large else {"rotation": 45, "ha": "right"}
-    axes.set_xticks(range(num_classes), list(class_names), fontsize=8 if is_large else None, **angle)
-    axes.set_yticks(range(num_classes), list(class_names), fontsize=8 if is_large else None)
+    axes.set_xticks(range(num_classes), names, fontsize=name_size, **angle)
+    axes.set_yticks(range(num_classes), names, fontsize=name_size)
     axes.grid(False)
     figure.savefig(path, format="png")
 
 
-@default_style
+@default_style()
 def plot_reliability(panels: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Plot reliability diagrams side by side, each over a histogram of the confidences (Guo et al., 2017).
 
@@ -135,12 +116,12 @@ def _plot_reliability_bins(bins: pd.DataFrame, diagram: Axes, histogram: Axes) -
     width = bins["high"] - bins["low"]
     bars: dict[str, Any] = {"width": width, "align": "edge", "edgecolor": "white"}
     diagram.bar(bins["low"], bins["accuracy"].fillna(0), color=TRAIN_COLOR, label="accuracy", **bars)
-    diagram.plot(bins["confidence"], bins["confidence"], color="black", linestyle="--", label="perfect calibration")
+    diagram.plot([0, 1], [0, 1], color="black", linestyle="--", label="perfect calibration")
     diagram.legend(loc="upper left")
     histogram.bar(bins["low"], bins["images"] / bins["images"].sum(), color="tab:gray", **bars)
 
 
-@default_style
+@default_style()
 def plot_coverage(curve: pd.DataFrame, min_confidence: float, path: Path) -> None:
     """Plot the accuracy on the most confident images against their fraction, with marks at several confidences.
 
@@ -149,25 +130,25 @@ def plot_coverage(curve: pd.DataFrame, min_confidence: float, path: Path) -> Non
         min_confidence: Confidence that is marked in another color.
         path: PNG file.
     """
-    figure, axes = _create_axes("Accuracy on the most confident predictions", "coverage (fraction of images)")
+    figure, axes = create_axes("Accuracy on the most confident predictions", "coverage (fraction of images)", (7, 5.4))
     shown = curve[curve["coverage"] >= MIN_COVERAGE]
     axes.plot(shown["coverage"], shown["accuracy"], color=TRAIN_COLOR)
-    for confidence in sorted({*MARKED_CONFIDENCES, min_confidence}):
+    for confidence, marker in zip(sorted({*MARKED_CONFIDENCES, min_confidence}), MARKERS, strict=False):
         sure = curve[curve["confidence"] >= confidence]
         if len(sure) >= MIN_COVERAGE * len(curve):
-            point = (sure["coverage"].iloc[-1], sure["accuracy"].iloc[-1])
+            coverage, accuracy = sure[["coverage", "accuracy"]].iloc[-1]
             color = VAL_COLOR if confidence == min_confidence else TRAIN_COLOR
-            axes.plot(*point, "o", color=color)
-            is_right = point[0] > 0.4  # there is room for the text on the left
-            side: dict[str, Any] = {"xytext": (-6 if is_right else 6, -12), "ha": "right" if is_right else "left"}
-            axes.annotate(f"confidence ≥ {100 * confidence:g}%", point, textcoords="offset points", **side)
+            label = f"confidence ≥ {100 * confidence:g}%: {coverage:.1%} of the images, accuracy {accuracy:.1%}"
+            axes.plot(coverage, accuracy, marker, color=color, fillstyle="none", markersize=9, label=label)
+    if len(axes.lines) > 1:  # next to the marks, which may coincide, the texts would overlap
+        figure.legend(loc="outside lower center")
     axes.set(ylabel="accuracy on them", xlim=(0, 1.02))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
     figure.savefig(path, format="png")
 
 
-@default_style
+@default_style()
 def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Plot validation accuracy by epoch, and the best validation and test accuracy, of several runs.
 
@@ -177,11 +158,12 @@ def plot_comparison(table: pd.DataFrame, histories: Mapping[str, pd.DataFrame], 
         path: PNG file.
     """
     height = max(4.5, 1.5 + 0.4 * len(table))
-    figure = create_figure((13, height))
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = create_figure((14, height))
+    curves, bars = figure.subplots(1, 2)
     colors = [f"C{index % 10}" for index in range(len(table))]
     _plot_run_curves(curves, [histories[run] for run in table["run"]], colors)
-    _plot_run_bars(bars, table, colors)
+    train_accs = [histories[run]["train_acc"].iloc[-1] for run in table["run"]]
+    _plot_run_bars(bars, table.assign(train_acc=train_accs), colors)
     for axes in (curves, bars):
         _style_grid(axes)
     figure.savefig(path, format="png")
@@ -193,38 +175,29 @@ def _plot_run_curves(axes: Axes, histories: Sequence[pd.DataFrame], colors: Sequ
         column, style = ("val_acc", "-") if history["val_acc"].notna().any() else ("train_acc", ":")
         marker = "o" if len(history) == 1 else None
         axes.plot(history["epoch"], history[column], color=color, linestyle=style, marker=marker)
-    axes.set(title="Validation accuracy (dotted: training accuracy of runs without validation)", xlabel="epoch")
+    axes.set_title("Validation accuracy\n(dotted: training accuracy of runs without validation)", fontsize=10)
+    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _plot_run_bars(axes: Axes, table: pd.DataFrame, colors: Sequence[str]) -> None:
     positions = range(len(table) - 1, -1, -1)  # the first run at the top
-    axes.barh(positions, table["best_val_acc"].fillna(0), color=colors, alpha=0.4)
-    axes.plot(table["test_acc"], positions, "k|", markersize=14, markeredgewidth=2.5)
     runs = table.to_dict("records")
-    for position, run in zip(positions, runs, strict=True):
-        accuracies = {"val": run["best_val_acc"], "test": run["test_acc"]}
+    for position, run, color in zip(positions, runs, colors, strict=True):
+        has_val = pd.notna(run["best_val_acc"])
+        name, accuracy = ("val", run["best_val_acc"]) if has_val else ("train", run["train_acc"])
+        dotted: dict[str, Any] = {"fill": False, "edgecolor": color, "linestyle": ":", "linewidth": 2}
+        axes.barh(position, accuracy, **({"color": color, "alpha": 0.4} if has_val else dotted))
+        accuracies = {name: accuracy, "test": run["test_acc"]}
         text = ", ".join(f"{name} {value:.2%}" for name, value in accuracies.items() if pd.notna(value))
-        axes.text(0.02, position, text, va="center", fontsize=8)
-    axes.set_yticks(list(positions), [f"{run['experiment']}\n{run['run']}" for run in runs], fontsize=7)
-    axes.set(title="Best validation accuracy (bar) and test accuracy (line)", xlim=(0, 1))
+        axes.text(1.02, position, text, va="center", fontsize=8)  # beside the axes, where no line crosses it
+    names = ["\n".join(shorten(run[key], 7, MAX_NAME_WIDTH) for key in ("experiment", "run")) for run in runs]
+    axes.plot(table["test_acc"], positions, "k|", markersize=14, markeredgewidth=2.5)
+    axes.set_yticks(list(positions), names, fontsize=7)
+    axes.set_title("Best validation accuracy (bar; dotted: training)\nand test accuracy (line)", fontsize=10)
+    axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-
-
-def create_figure(size: tuple[float, float]) -> Figure:
-    """Return an empty figure of a size in inches."""
-    # Figure without pyplot: no display, no global state, nothing to close.
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _create_axes(title: str, xlabel: str, size: tuple[float, float] = (7, 4.5)) -> tuple[Figure, Axes]:
-    figure = create_figure(size)
-    axes = figure.add_subplot(title=title, xlabel=xlabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def _style_grid(axes: Axes) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cifar_ignite import plots
+from cifar_ignite import figures
 from cifar_ignite.cli import main
 from cifar_ignite.config_io import merge_trees, parse_config
 from cifar_ignite.train import train
@@ -148,15 +148,15 @@ def refused(command: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def blank_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Figures are one pixel: drawing them takes half the time of a tiny run, and most of that of an evaluation."""
-    draw = plots.Figure.savefig
-    monkeypatch.setattr(plots.Figure, "savefig", save_blank_figure)
+    draw = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", save_blank_figure)
     return draw
 
 
 @pytest.fixture
 def drawn_figures(blank_figures: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn, in a module with blank ones."""
-    monkeypatch.setattr(plots.Figure, "savefig", blank_figures)
+    monkeypatch.setattr(figures.Figure, "savefig", blank_figures)
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +173,7 @@ def train_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         tree = merge_trees(TINY, {"output_dir": "outputs", "data": {"root": "data"}})
         with pytest.MonkeyPatch.context() as patched:
             patched.chdir(directory)
-            patched.setattr(plots.Figure, "savefig", save_blank_figure)
+            patched.setattr(figures.Figure, "savefig", save_blank_figure)
             train(parse_config(tree, "test", overrides))
         return directory / "outputs"
 

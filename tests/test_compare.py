@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cifar_ignite import plots
+from cifar_ignite import figures
 from cifar_ignite.compare import load_latest_evaluations
 
 
@@ -20,7 +20,7 @@ def test_compare_lists_all_runs_with_their_latest_evaluation(
     command("evaluate", "--tta", "flip")
     log = command("train", "--config", tiny_file, "--set", "experiment=all", "--set", "data.val_size=0")[1]
     (second,) = set((tmp_path / "outputs" / "training_runs").iterdir()) - {first}
-    monkeypatch.setattr(plots.Figure, "savefig", blank_figures)  # that of the comparison is drawn
+    monkeypatch.setattr(figures.Figure, "savefig", blank_figures)  # that of the comparison is drawn
     status, out, err = command("compare")
     assert (status, err) == (0, "")
     table = pd.read_csv(tmp_path / "outputs" / "comparison.csv").set_index("run")

@@ -36,6 +36,7 @@ import os, sys
 from pathlib import Path
 if sys.argv[3] == "matplotlib first":
     import matplotlib
+import cifar_ignite.image_plots
 from cifar_ignite.plots import plot_training_curves
 plot_training_curves({HISTORY!r}, Path(sys.argv[1]))
 assert os.environ["MPLBACKEND"] == sys.argv[2], "subprocesses of the user need it"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_ignite import plots
+from cifar_ignite import figures
 from cifar_ignite.checkpointing.io import load_checkpoint
 from cifar_ignite.config_io import parse_config
 from cifar_ignite.train import train as train_model
@@ -38,7 +38,7 @@ def originals(tmp_path_factory):
     write_photos(directory / "photos", {"train": 20, "test": 6})
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(directory)
-        patched.setattr(plots.Figure, "savefig", save_blank_figure)
+        patched.setattr(figures.Figure, "savefig", save_blank_figure)
         train_model(parse_config(TREE, "test", ["train.epochs=1"]))
     return directory
 

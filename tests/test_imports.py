@@ -23,7 +23,7 @@ LAYERS = (
     {"models"},
     {"image_plots"},
     {"config_io", "plots"},
-    {"config", "cuda_graphs"},
+    {"config", "cuda_graphs", "figures"},
     {"config_fields"},
     {"files"},
     {"errors"},
