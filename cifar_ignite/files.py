@@ -165,7 +165,7 @@ def lock_file(path: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("a", encoding="utf-8"))
-            if "fcntl" in sys.modules:
+            if sys.modules.get("fcntl"):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False

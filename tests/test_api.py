@@ -227,6 +227,7 @@ def test_trained_model_gives_the_same_predictions_everywhere(tiny_config, tmp_pa
         (lambda best: predict(".", best, model_name="xx"), "model_name"),
         (lambda best: export(best, model_name="xx"), "model_name"),
         (lambda best: evaluate(""), "checkpoint"),
+        (lambda best: load_model(""), "source"),
         (lambda best: evaluate(model_name=""), "model_name"),
         (lambda best: evaluate(best, test_file=""), "test_file"),
         (lambda best: train(load_config("demo"), resume=""), "resume"),

@@ -17,7 +17,7 @@ from PIL import Image
 from cifar_ignite.config import DataConfig
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.file_dataset import ImageFiles
-from cifar_ignite.data.registry import list_dataset, load_dataset
+from cifar_ignite.data.registry import decode, list_fitting
 from cifar_ignite.errors import InputError
 
 # A limit that no dataset reaches: unreadable files are counted instead.
@@ -85,14 +85,16 @@ def inspect_dataset(config: DataConfig) -> DatasetReport:
         InputError: If the training set is invalid.
     """
     config = config.model_copy(update={"max_unreadable": NO_LIMIT})
-    dataset = load_dataset(config, train=True)
+    listed = list_fitting(config, train=True)
+    dataset = decode(listed, config)
     train_set, val_set = train_val_split(dataset, config.val_size, config.split_seed)
     splits, missing_test = {"train": train_set, "val": val_set}, ""
-    files = _list_files(config, train=True)
+    files = _files_by_split(listed, "train")
     num_read = {"train": len(dataset), "val": len(dataset.val or ())}
     try:
-        splits["test"] = load_dataset(config, train=False)
-        files |= _list_files(config, train=False)
+        listed = list_fitting(config, train=False)
+        splits["test"] = decode(listed, config)
+        files |= _files_by_split(listed, "test")
         num_read["test"] = len(splits["test"])
     except InputError as error:
         missing_test = str(error)
@@ -101,13 +103,12 @@ def inspect_dataset(config: DataConfig) -> DatasetReport:
     return DatasetReport(splits, num_unreadable, read_sizes([*chain(*files.values())]), missing_test)
 
 
-def _list_files(config: DataConfig, *, train: bool) -> dict[str, list[Path]]:
+def _files_by_split(listed: ImageDataset | ImageFiles, split: str) -> dict[str, list[Path]]:
     """Return the image files by split; empty if the images are not in files of their own."""
-    listed = list_dataset(config, train=train)
     if not isinstance(listed, ImageFiles):
         return {}
     val = {"val": listed.val.files} if listed.val else {}
-    return {"train" if train else "test": listed.files, **val}
+    return {split: listed.files, **val}
 
 
 def read_sizes(files: Sequence[Path]) -> np.ndarray:

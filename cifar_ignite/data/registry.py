@@ -56,24 +56,26 @@ def load_dataset(config: DataConfig, *, train: bool, device: torch.device = CPU)
         InputError: If the dataset is unknown, a file is missing, malformed or unsafe, a download failed, the images do
             not have the configured size or do not fit into memory, or the classes are invalid.
     """
-    return _decode(_list_fitting(config, train, device), config)
+    return decode(list_fitting(config, train=train, device=device), config)
 
 
 def load_dataset_on_ranks(config: DataConfig, *, train: bool, device: torch.device) -> ImageDataset:
     """Load the dataset on all ranks, which call this together; arguments and errors are those of `load_dataset`."""
     with idist.one_rank_first(local=True):  # the others find what the first one downloaded
-        listed = _list_fitting(config, train, device)
-    return _decode(listed, config)  # on all ranks at once: it may take longer than a rank waits for another
+        listed = list_fitting(config, train=train, device=device)
+    return decode(listed, config)  # on all ranks at once: it may take longer than a rank waits for another
 
 
-def _list_fitting(config: DataConfig, train: bool, device: torch.device) -> ImageDataset | ImageFiles:
+def list_fitting(config: DataConfig, *, train: bool, device: torch.device = CPU) -> ImageDataset | ImageFiles:
+    """Return what `list_dataset` returns, if it fits into memory; arguments and errors are those of `load_dataset`."""
     listed = list_dataset(config, train=train)
     if isinstance(listed, ImageFiles):
         check_files_fit(listed, config, device)
     return listed
 
 
-def _decode(listed: ImageDataset | ImageFiles, config: DataConfig) -> ImageDataset:
+def decode(listed: ImageDataset | ImageFiles, config: DataConfig) -> ImageDataset:
+    """Load the files of a listed dataset, if they are not loaded; errors are those of `load_dataset`."""
     dataset = load_image_files(listed, config) if isinstance(listed, ImageFiles) else listed
     check_shape(config, dataset.images)
     return dataset

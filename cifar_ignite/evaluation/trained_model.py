@@ -19,7 +19,7 @@ from cifar_ignite.config import AugmentConfig, Config
 from cifar_ignite.config_io import flatten_dict, parse_config
 from cifar_ignite.data.dataset import ImageDataset
 from cifar_ignite.data.folder import list_classes
-from cifar_ignite.errors import InputError
+from cifar_ignite.errors import InputError, check_named
 from cifar_ignite.files import latest_first
 from cifar_ignite.models import create_model
 from cifar_ignite.models.registry import select_options
@@ -117,6 +117,7 @@ def load_model(source: str | Path | None = None, overrides: Sequence[str] = ()) 
     Raises:
         InputError: If the checkpoint is missing or invalid, or its weights do not match its configuration.
     """
+    check_named(source=source)
     is_name = isinstance(source, str) and os.path.basename(source) == source and not os.path.isfile(source)
     checkpoint, model_name = (None, str(source)) if is_name else (source, None)
     trained = load_trained_model(checkpoint, model_name, overrides)

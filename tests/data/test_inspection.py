@@ -41,6 +41,15 @@ def test_inspect_dataset_counts_unreadable_files_of_each_split(root):
     assert len(report.sizes) == 54
 
 
+def test_inspect_dataset_lists_each_split_once(root, caplog):
+    (root / "train" / "cat" / ".DS_Store").touch()
+    (root / "test" / "cat" / ".DS_Store").touch()
+    with caplog.at_level("INFO", "cifar_ignite"):
+        inspect(root)
+    messages = [record.message for record in caplog.records if "skipped" in record.message]
+    assert len(messages) == len(set(messages)) == 2
+
+
 def test_inspect_dataset_with_missing_or_unlabeled_test_set(root):
     shutil.rmtree(root / "test" / "dog")
     shutil.rmtree(root / "test" / "fish")
