@@ -1,6 +1,5 @@
 """Your own images: a directory per class, as for torchvision's ImageFolder, or a CSV of labels, as on Kaggle."""
 
-import functools
 import logging
 import os
 import re
@@ -15,11 +14,11 @@ from cifar_ignite.data.registry import register_dataset
 from cifar_ignite.errors import InputError
 from cifar_ignite.files import is_directory
 
+logger = logging.getLogger(__name__)
+
 TRAIN, VAL, TEST = "train", "val", "test"
 MAX_NAMES = 5
 LAYOUT_HINT = "put the images into {root}/train/CLASS/, or name the directory that contains train with DATA_DIR="
-
-logger = logging.getLogger(__name__)
 
 
 @register_dataset
@@ -44,8 +43,9 @@ def list_classes(root: Path) -> tuple[str, ...]:
     split = TEST if not is_directory(root / TRAIN) and is_directory(root / TEST) else TRAIN
     if not is_directory(root / split):
         raise InputError(f"{root}: no directory train ({_describe(root)}); {LAYOUT_HINT.format(root=root)}")
-    label_file = choose_label_file(root, split)
-    names = sorted(set(read_labels(label_file).values())) if label_file else list_subdirectories(root / split)
+    names = list_subdirectories(root / split)
+    if not names and (label_file := find_label_file(root, split)):
+        names = sorted(set(read_labels(label_file).values()))
     if not names and split == TEST:
         raise InputError(
             f"{root}: no directory train, and no class directories or testLabels.csv for test, which would name the "
@@ -58,26 +58,6 @@ def list_classes(root: Path) -> tuple[str, ...]:
     if invalid := [name for name in names if printable(name) != name]:
         raise InputError(f"{root / split}: a class name cannot be printed ({printable(invalid[0])}); rename the class")
     return tuple(names)
-
-
-def choose_label_file(root: Path, split: str) -> Path | None:
-    """Return the CSV with the labels of a split; None without one, or if the subdirectories are the classes instead.
-
-    They are, with a warning, unless the ids of the CSV are those of all images below.
-    """
-    label_file, directory = find_label_file(root, split), root / split
-    if label_file and list_subdirectories(directory):
-        try:
-            match_labels(label_file, directory, find_images([directory]))
-        except InputError as error:
-            _warn_once(printable(f"labels ignored, the classes are the directories in {directory}: {error}"))
-            return None
-    return label_file
-
-
-@functools.cache
-def _warn_once(message: str) -> None:  # a dataset is listed several times
-    logger.warning("%s", message)
 
 
 def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFiles:
@@ -95,10 +75,12 @@ def list_split(root: Path, split: str, class_names: tuple[str, ...]) -> ImageFil
     if not is_directory(directory):
         what = "not a directory" if os.path.exists(directory) else "no such directory"
         raise InputError(f"{directory}: {what} ({_describe(root)}); put the {split} images there")
-    label_file = choose_label_file(root, split)
-    if not label_file and (names := list_subdirectories(directory)):
+    label_file = find_label_file(root, split)
+    if names := list_subdirectories(directory):
+        if label_file:
+            logger.warning("%s is not read: the directories in %s are the classes", label_file, directory)
         return _list_class_directories(directory, names, class_names)
-    files = sorted(find_images([directory]), key=lambda file: (natural_key(Path(file.name)), file))
+    files = sorted(find_images([directory]), key=lambda file: natural_key(file.relative_to(directory)))
     ids: list[Any] = [_relative_name(file, directory) for file in files]
     if label_file:
         names_by_file = match_labels(label_file, directory, files)

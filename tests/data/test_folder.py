@@ -115,6 +115,13 @@ def test_folder_test_set_may_lack_classes_and_training_images(root):
     assert load(root, train=False).class_names == ("cat", "fish")
 
 
+def test_folder_with_class_directories_warns_that_csv_is_not_read(root, caplog):
+    (root / "train.csv").write_text("id,label\n0.png,cat")
+    assert load(root).class_names == ("cat", "dog", "fish")
+    (message,) = caplog.messages
+    assert str(root / "train.csv") in message
+
+
 def test_folder_ignores_hidden_and_system_files(root):
     (root / "train" / ".cache").mkdir()
     (root / "train" / "__MACOSX").mkdir()
@@ -138,52 +145,6 @@ def test_folder_reads_labels_from_csv(tmp_path, name, suffix):
     assert test.ids == [str(index) for index in range(1, 13)]
     (root / "testLabels.csv").write_text(text)
     assert load(root, train=False).labels.tolist() == dataset.labels.tolist()
-
-
-def write_parts(root, id_format):
-    """Write train/part1 and train/part2, and labels by ids such as "{part}/{index}.png"."""
-    for index in range(12):
-        part = f"part{index // 6 + 1}"
-        (root / "train" / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((32, 32, 3), index, np.uint8)).save(root / "train" / part / f"{index}.png")
-    ids = [id_format.format(part=f"part{index // 6 + 1}", index=index) for index in range(12)]
-    rows = [f"{id_},{'cat' if index % 3 else 'dog'}" for index, id_ in enumerate(ids)]
-    (root / "trainLabels.csv").write_text("\n".join(["id,label", *rows]))
-    return root
-
-
-@pytest.mark.parametrize("id_format", ["{part}/{index}.png", "{index}.png", "{index}"])
-def test_folder_reads_labels_of_subdirectories_from_csv_with_their_ids(tmp_path, caplog, id_format):
-    dataset = load(write_parts(tmp_path, id_format))
-    assert dataset.class_names == ("cat", "dog")
-    assert dataset.labels.tolist() == [1, 0, 0] * 4
-    assert dataset.images[:, 0, 0, 0].tolist() == list(range(12))
-    assert caplog.messages == []
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "reason"),
-    [
-        ("3.png,dog\n", "", "3.png: no such id"),
-        ("7.png", "x.png", "7.png: no such id"),
-        ("cat", "cat,1", "two columns"),
-    ],
-)
-def test_folder_with_csv_of_other_ids_warns_once_that_directories_are_classes(tmp_path, caplog, old, new, reason):
-    root = write_parts(tmp_path, "{index}.png")
-    (root / "trainLabels.csv").write_text((root / "trainLabels.csv").read_text().replace(old, new))
-    for _ in range(2):
-        assert load(root).class_names == ("part1", "part2")
-    (message,) = caplog.messages
-    assert str(root / "trainLabels.csv") in message
-    assert reason in message
-
-
-def test_folder_with_class_directories_and_csv_of_the_same_labels_is_the_same(photos, root):
-    files = list((root / "train").rglob("*.*"))
-    rows = [f"{path.relative_to(root / 'train').as_posix()},{path.parent.name}" for path in files]
-    (root / "trainLabels.csv").write_text("\n".join(["id,label", *rows]))
-    assert load(root).fingerprint == load(photos).fingerprint
 
 
 def test_natural_key_orders_numbers_by_value(tmp_path):
