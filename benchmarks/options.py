@@ -11,8 +11,6 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
-from cifar_ignite.config import DataConfig
-from cifar_ignite.data import DATASETS
 from cifar_ignite.errors import InputError, TrainingError
 from cifar_ignite.files import atomic_write, write_text
 
@@ -76,12 +74,6 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise InputError(f"--{name} {count}: use at least 1")
-
-
-def check_dataset(config: DataConfig) -> None:
-    """Raise an `InputError` if no such dataset is registered; for benchmarks on random images, which load none."""
-    if config.dataset not in DATASETS:
-        raise InputError(f"data.dataset: unknown dataset {config.dataset!r}; known: {', '.join(sorted(DATASETS))}")
 
 
 def create_out(out: Path | None, name: str) -> Path:

@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measuring import synchronize
-from benchmarks.options import check_dataset, create_out, create_parser, exit_on_error, write_json
+from benchmarks.options import create_out, create_parser, exit_on_error, write_json
 from benchmarks.workloads import Setup, create_setup, project_workload, random_dataset
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
+from cifar_ignite.data.registry import check_registered
 from cifar_ignite.distributed.collectives import all_reduce_max
 from cifar_ignite.distributed.env import dist_env_from_environ
 from cifar_ignite.distributed.process_group import DistributedContext, distributed_context
@@ -157,7 +158,7 @@ def main() -> int:
     options = parse_options()
     with exit_on_error("scaling"):
         config = load_config(options.config, ["data.val_size=0", "compile=off", *options.overrides])
-        check_dataset(config.data)
+        check_registered(config.data)  # although the images are random
         if options.row:
             measure_row(options, config)
             return 0

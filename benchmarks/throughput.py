@@ -17,14 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.baseline import baseline_pipeline_workload, baseline_workload, kornia_workload
 from benchmarks.measuring import Workload, measure_rates, peak_memory, profile, rate_table, synchronize
-from benchmarks.options import check_dataset, create_out, create_parser, exit_on_error, first_line, write_json
+from benchmarks.options import create_out, create_parser, exit_on_error, first_line, write_json
 from benchmarks.workloads import (
     Setup,
     bare_step_workload,
@@ -38,7 +36,9 @@ from benchmarks.workloads import (
 from cifar_ignite.config import Config
 from cifar_ignite.config_io import load_config
 from cifar_ignite.data.loaders import create_loaders
+from cifar_ignite.data.registry import check_registered
 from cifar_ignite.errors import InputError
+from cifar_ignite.figures import create_figure, default_style
 from cifar_ignite.training.device import precision_name, select_device
 from cifar_ignite.training.environment import describe_environment, device_name
 
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, out: Path) -> Results:
         TrainingError: If compilation was requested and fails.
     """
     config = load_config(options.config, [*options.overrides, "data.val_size=0"])
-    check_dataset(config.data)
+    check_registered(config.data)  # although the images are random
     device = select_device(config.device)
     if (largest := max([config.data.batch_size, *options.batch_sizes])) > options.images:
         raise InputError(f"--images {options.images}: fewer than one batch of {largest}; use at least {largest}")
@@ -229,9 +229,10 @@ def results_dict(config: Config, results: Results) -> dict[str, Any]:
     }
 
 
+@default_style()
 def plot_rates(rates: pd.DataFrame, path: Path, title: str) -> None:
     """Plot one bar per row of the comparison, with the lowest and the highest rate."""
-    figure = Figure(figsize=(8, 0.5 * len(rates) + 1.5), layout="constrained")
+    figure = create_figure((8, 0.5 * len(rates) + 1.5))
     axes = figure.subplots()
     spread = [rates["images/s"] - rates["lowest"], rates["highest"] - rates["images/s"]]
     bars = axes.barh(rates["workload"], rates["images/s"], xerr=spread, color="tab:blue")
@@ -239,8 +240,7 @@ def plot_rates(rates: pd.DataFrame, path: Path, title: str) -> None:
     axes.set(xscale="log", xlabel="images per second (logarithmic)", title=title)
     axes.margins(x=0.15)
     axes.invert_yaxis()
-    with matplotlib.rc_context({"savefig.dpi": 120}):
-        figure.savefig(path)
+    figure.savefig(path)
 
 
 def parse_options() -> argparse.Namespace:

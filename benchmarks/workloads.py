@@ -15,7 +15,7 @@ from cifar_ignite.data.batch_entries import CIFAR_SIZE
 from cifar_ignite.data.cifar10 import CIFAR10_CLASSES
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader, create_loaders, shard_slice
-from cifar_ignite.distributed.collectives import is_single_process, wrap_ddp
+from cifar_ignite.distributed.collectives import wrap_ddp
 from cifar_ignite.training import handlers
 from cifar_ignite.training.device import (
     enable_deterministic_algorithms,
@@ -24,7 +24,14 @@ from cifar_ignite.training.device import (
     set_float32_precision,
 )
 from cifar_ignite.training.engines import LossFn, create_trainer, scale_loss
-from cifar_ignite.training.forward import Forward, create_forward, create_training_forward, should_compile, zero_images
+from cifar_ignite.training.forward import (
+    Forward,
+    create_forward,
+    create_training_forward,
+    should_compile,
+    uses_cuda_graphs,
+    zero_images,
+)
 from cifar_ignite.training.lr_schedule import attach_lr_schedule
 from cifar_ignite.training.metrics import attach_metrics
 from cifar_ignite.training.optimizers import create_optimizer
@@ -119,9 +126,7 @@ def create_setup(config: Config, dataset: ImageDataset) -> Setup:
         loader=loader,
         model=model,
         forward=wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm),
-        optimizer=create_optimizer(
-            config.optimizer, model, amp_dtype, use_cuda_graph=config.compile != "off" and is_single_process()
-        ),
+        optimizer=create_optimizer(config.optimizer, model, amp_dtype, use_cuda_graph=uses_cuda_graphs(config)),
         loss_fn=nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing),
         scaler=GradScaler(device.type, enabled=amp_dtype == torch.float16),
     )

@@ -167,6 +167,7 @@ def lock_file(path: Path) -> Iterator[bool]:
             file = stack.enter_context(path.open("a", encoding="utf-8"))
             if sys.modules.get("fcntl"):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a child process would keep it otherwise
         except BlockingIOError:
             yield False
             return

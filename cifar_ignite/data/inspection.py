@@ -17,7 +17,7 @@ from PIL import Image
 from cifar_ignite.config import DataConfig
 from cifar_ignite.data.dataset import ImageDataset, train_val_split
 from cifar_ignite.data.file_dataset import ImageFiles
-from cifar_ignite.data.registry import decode, list_fitting
+from cifar_ignite.data.registry import list_fitting, load_listed
 from cifar_ignite.errors import InputError
 
 # A limit that no dataset reaches: unreadable files are counted instead.
@@ -86,14 +86,14 @@ def inspect_dataset(config: DataConfig) -> DatasetReport:
     """
     config = config.model_copy(update={"max_unreadable": NO_LIMIT})
     listed = list_fitting(config, train=True)
-    dataset = decode(listed, config)
+    dataset = load_listed(listed, config)
     train_set, val_set = train_val_split(dataset, config.val_size, config.split_seed)
     splits, missing_test = {"train": train_set, "val": val_set}, ""
     files = _files_by_split(listed, "train")
     num_read = {"train": len(dataset), "val": len(dataset.val or ())}
     try:
         listed = list_fitting(config, train=False)
-        splits["test"] = decode(listed, config)
+        splits["test"] = load_listed(listed, config)
         files |= _files_by_split(listed, "test")
         num_read["test"] = len(splits["test"])
     except InputError as error:

@@ -49,10 +49,8 @@ def _read_rows(path: Path) -> list[tuple[str, str]]:
         raise InputError(f"{path}: cannot read the labels: {first_line(error)}") from None
     for row in rows:
         if len(row) < 2 or any(row[2:]):
-            cells = ", ".join(map(printable, row[:MAX_NAMES]))
-            raise InputError(
-                f"{path}: expected two columns, id and label, separated by a comma; found {len(row)} ({cells})"
-            )
+            found = f"{len(row)} ({', '.join(map(printable, row[:MAX_NAMES]))})"
+            raise InputError(f"{path}: expected two columns, id and label, separated by a comma; found {found}")
     return [(row[0], row[1]) for row in rows]
 
 

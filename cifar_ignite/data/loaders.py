@@ -199,7 +199,7 @@ def create_loaders(
         train_set.num_classes,
         config.train.epochs,
         compile_for=train_set.images[:batch_size] if is_compiled else None,
-        # Nobody has measured CUDA graphs in several processes.
+        # CUDA graphs have not been measured in distributed runs.
         graph_batch=batch_size if config.compile != "off" and shard.world_size == 1 else 0,
     )
     train_loader = TrainLoader(train_set, batch_size=batch_size, seed=config.seed, transform=transform, shard=shard)

@@ -56,14 +56,14 @@ def load_dataset(config: DataConfig, *, train: bool, device: torch.device = CPU)
         InputError: If the dataset is unknown, a file is missing, malformed or unsafe, a download failed, the images do
             not have the configured size or do not fit into memory, or the classes are invalid.
     """
-    return decode(list_fitting(config, train=train, device=device), config)
+    return load_listed(list_fitting(config, train=train, device=device), config)
 
 
 def load_dataset_on_ranks(config: DataConfig, *, train: bool, device: torch.device) -> ImageDataset:
     """Load the dataset on all ranks, which call this together; arguments and errors are those of `load_dataset`."""
     with idist.one_rank_first(local=True):  # the others find what the first one downloaded
         listed = list_fitting(config, train=train, device=device)
-    return decode(listed, config)  # on all ranks at once: it may take longer than a rank waits for another
+    return load_listed(listed, config)  # on all ranks at once: it may take longer than a rank waits for another
 
 
 def list_fitting(config: DataConfig, *, train: bool, device: torch.device = CPU) -> ImageDataset | ImageFiles:
@@ -74,7 +74,7 @@ def list_fitting(config: DataConfig, *, train: bool, device: torch.device = CPU)
     return listed
 
 
-def decode(listed: ImageDataset | ImageFiles, config: DataConfig) -> ImageDataset:
+def load_listed(listed: ImageDataset | ImageFiles, config: DataConfig) -> ImageDataset:
     """Load the files of a listed dataset, if they are not loaded; errors are those of `load_dataset`."""
     dataset = load_image_files(listed, config) if isinstance(listed, ImageFiles) else listed
     check_shape(config, dataset.images)
@@ -83,8 +83,7 @@ def decode(listed: ImageDataset | ImageFiles, config: DataConfig) -> ImageDatase
 
 def list_dataset(config: DataConfig, *, train: bool) -> ImageDataset | ImageFiles:
     """Return what the function of the configured dataset returns; arguments and errors are those of `load_dataset`."""
-    if config.dataset not in DATASETS:
-        raise InputError(f"data.dataset: unknown dataset {config.dataset!r}; known: {', '.join(sorted(DATASETS))}")
+    check_registered(config)
     dataset = DATASETS[config.dataset](config, train=train)
     if len(dataset.class_names) < 2:
         name = ", ".join(dataset.class_names)
@@ -94,6 +93,12 @@ def list_dataset(config: DataConfig, *, train: bool) -> ImageDataset | ImageFile
             f"data.dataset: a class is named {min(reserved)}, as a column of the predictions is; rename it"
         )
     return dataset
+
+
+def check_registered(config: DataConfig) -> None:
+    """Raise an `InputError` if there is no such dataset."""
+    if config.dataset not in DATASETS:
+        raise InputError(f"data.dataset: unknown dataset {config.dataset!r}; known: {', '.join(sorted(DATASETS))}")
 
 
 def check_shape(config: DataConfig, images: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -64,11 +65,16 @@ def format_environment(environment: Environment) -> str:
 
 
 def format_command() -> str:
-    """Return the command of this process as a shell reads it; the home directory, where it is written out, is "~"."""
+    """Return the command of this process, see `join_words`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
-    home = os.path.expanduser("~")
-    return shlex.join(word.replace(f"{home}{os.sep}", f"~{os.sep}") for word in [*program, *sys.argv[1:]])
+    return join_words(*program, *sys.argv[1:])
+
+
+def join_words(*words: str) -> str:
+    """Return words as a shell reads them; the home directory, at the start of a path, is "~", as in every command."""
+    home = re.escape(os.path.expanduser("~") + os.sep)
+    return shlex.join(re.sub(f"(^|=){home}", rf"\1~{re.escape(os.sep)}", word) for word in words)
 
 
 def describe_code() -> dict[str, Any]:

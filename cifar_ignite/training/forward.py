@@ -20,7 +20,8 @@ from cifar_ignite.errors import TrainingError, first_line
 Forward = Callable[[Tensor], Tensor]
 TTA_MODES = ("flip", "shift")
 
-# Iterations of a training above which compilation saves time, on a CPU and on a GPU (docs/results/profile.md).
+# Iterations of a training above which compilation is worth it: on a CPU and an H100, it saves time after 300 to 2,900,
+# depending on what Inductor's cache contains (docs/results/profile.md).
 MIN_COMPILED_ITERATIONS = 2_000
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def should_compile(config: Config, device: torch.device, iterations: int) -> boo
     """Return whether the training pass is compiled: if requested, or by "auto" in a long training.
 
     A decaying drop probability would recompile every epoch; SyncBatchNorm communicates with other ranks, which may
-    still be compiling. "auto" leaves out what nobody has measured: Apple GPUs, and CUDA graphs in several processes.
+    still be compiling. "auto" leaves out what has not been measured: Apple GPUs, and CUDA graphs in distributed runs.
     """
     if config.train.drop_path_decay_fraction or config.train.sync_batch_norm or config.compile == "off":
         return False
@@ -94,6 +95,11 @@ def forget_earlier_runs() -> None:
     gc.collect()
     if "torch._dynamo" in sys.modules:  # importing it takes a second
         torch.compiler.reset()
+
+
+def uses_cuda_graphs(config: Config) -> bool:
+    """Return whether functions are recorded as CUDA graphs, if the device is a GPU; see `should_compile`."""
+    return config.compile != "off" and is_single_process()
 
 
 def create_training_forward(config: Config, model: nn.Module, loader: TrainLoader, amp_dtype: torch.dtype) -> Forward:

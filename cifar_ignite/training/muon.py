@@ -46,8 +46,7 @@ class Muon(SGD):
         muon_group = {"params": conv_weights, "weight_decay": 0.0, **muon_options}
         super().__init__([*groups, muon_group], **({"fused": True} | sgd_options))
         self.dtype, self.use_cuda_graph = dtype, use_cuda_graph
-        self._graph_key: tuple[float, ...] = ()
-        self._graph: TensorFunction = self._update_weights
+        self._graphs: dict[tuple[float, ...], TensorFunction] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -74,11 +73,11 @@ class Muon(SGD):
         if not self.use_cuda_graph:
             return update
         key = (self.param_groups[-1]["momentum"], *(tensor.data_ptr() for tensor in (*weights, *buffers)))
-        if key != self._graph_key:
+        if key not in self._graphs:
             grad, one = _concatenate(weights), torch.ones((), device=weights[0].device)
             # The recording calls the function, which then skips the update.
-            self._graph_key, self._graph = key, record_cuda_graph(update, grad, one, one)
-        return self._graph
+            self._graphs = {key: record_cuda_graph(update, grad, one, one)}  # what moved does not come back
+        return self._graphs[key]
 
     def _update_weights(
         self, weights: list[Tensor], buffers: list[Tensor], grad: Tensor, lr: Tensor, found_inf: Tensor

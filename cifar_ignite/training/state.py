@@ -25,7 +25,6 @@ from cifar_ignite.distributed.collectives import (
     SyncedMetrics,
     all_reduce_max,
     check_sync_batch_norm,
-    is_single_process,
     wrap_ddp,
 )
 from cifar_ignite.errors import InputError, first_line
@@ -35,7 +34,7 @@ from cifar_ignite.training.batch_figure import attach_batch_figure
 from cifar_ignite.training.calibration import ValidationTemperature, add_tta_temperatures, format_temperatures
 from cifar_ignite.training.device import device_check_interval, resolve_amp_dtype
 from cifar_ignite.training.engines import create_evaluator, create_trainer, scale_loss
-from cifar_ignite.training.forward import create_forward, create_training_forward, zero_images
+from cifar_ignite.training.forward import create_forward, create_training_forward, uses_cuda_graphs, zero_images
 from cifar_ignite.training.lr_schedule import attach_lr_schedule, set_lr_iteration
 from cifar_ignite.training.metrics import EpochTimer, attach_metrics
 from cifar_ignite.training.optimizers import create_optimizer, find_conv_weights
@@ -105,8 +104,9 @@ class TrainingState:
     def _create_training(self) -> None:
         config, model, loader, device = self.config, self.model, self.train_loader, self.device
         self.scaler = GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
-        use_cuda_graph = config.compile != "off" and is_single_process()
-        self.optimizer = create_optimizer(config.optimizer, model, self.amp_dtype, use_cuda_graph=use_cuda_graph)
+        self.optimizer = create_optimizer(
+            config.optimizer, model, self.amp_dtype, use_cuda_graph=uses_cuda_graphs(config)
+        )
         loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         forward = create_training_forward(config, model, loader, self.amp_dtype)
         forward = wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm)

@@ -65,7 +65,8 @@ def test_report_shows_metrics_images_and_confusion_matrix(evaluation_dir):
     words = " ".join(" ".join(page.words).split())
     for expected in (
         f"{summary['accuracy']:.2%}", f"{summary['tta']['accuracy']:.2%}", f"{summary['loss']:.4f}", summary["run"],
-        "hybrid_resnet", "evaluate --model tiny --set output_dir=reproduced --tta flip", '"label_smoothing": 0.1',
+        f"evaluate --model tiny --set output_dir=reproduced_{summary['run']} --tta flip",
+        "hybrid_resnet", '"label_smoothing": 0.1',
         f"{summary['uncalibrated']['expected_calibration_error']:.2%}", f"temperature {summary['temperature']:.3f}",
         f"at least 70% are {summary['sure']['fraction']:.1%} of the images",
     ):  # fmt: skip
@@ -120,7 +121,8 @@ def test_commands_of_report_reproduce_evaluation(command, tmp_path):
     for line in (commands[0][0], *(line for _, line in commands)):
         words = [found for word in shlex.split(line)[3:] for found in glob.glob(word) or [word]]
         assert command(*words)[0] == 0
-    repeated = sorted((tmp_path / "reproduced" / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    (reproduced,) = tmp_path.glob("reproduced_*")
+    repeated = sorted((reproduced / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for evaluation, directory in zip(evaluations, repeated, strict=True):
         for name in ("details.csv", "predictions.csv"):
             assert (directory / name).read_bytes() == (evaluation.directory / name).read_bytes()
@@ -128,6 +130,17 @@ def test_commands_of_report_reproduce_evaluation(command, tmp_path):
         for metrics in settings:
             del metrics["run"], metrics["environment"]["command"]
         assert settings[0] == settings[1]
+
+
+@pytest.mark.usefixtures("blank_figures", "trained_run")
+def test_report_of_latest_checkpoint_has_no_command_to_evaluate_it(tmp_path):
+    """A run deletes its latest checkpoints, and when they were saved depends on interruptions."""
+    latest = next((tmp_path / "outputs" / "training_runs").glob("*/checkpoints/latest_*.pt"))
+    page = Page((evaluate(latest, overrides=[f"output_dir={tmp_path}"]).directory / "report.html").read_text())
+    train, comment = next(word for word in page.words if word.startswith("python -m")).splitlines()
+    assert " train " in train
+    assert comment.startswith("# ")
+    assert latest.name in comment
 
 
 @pytest.mark.usefixtures("blank_figures", "trained_run")

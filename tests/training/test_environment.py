@@ -21,7 +21,9 @@ from cifar_ignite.training.environment import (
     format_command,
     format_commit,
     format_environment,
+    join_words,
 )
+from tests.helpers import posix_only
 
 CPU = torch.device("cpu")
 NO_CODE = {"commit": None, "is_clean": None}
@@ -57,6 +59,13 @@ def test_describe_environment_contains_neither_user_nor_machine(monkeypatch, tmp
     without_commit = {key: str(value) for key, value in described.items() if key != "commit"}
     for name in (getpass.getuser(), platform.node(), str(tmp_path)):
         assert name not in " ".join(without_commit.values()).split()
+
+
+@posix_only
+def test_join_words_shortens_home_directory_at_start_of_paths_only(monkeypatch):
+    monkeypatch.setenv("HOME", "/root")
+    words = ("evaluate", "/root/best.pth", "--set", "data.root=/root/data", "output_dir=/mnt/root/out", "/root2")
+    assert join_words(*words) == "evaluate '~/best.pth' --set 'data.root=~/data' output_dir=/mnt/root/out /root2"
 
 
 def test_format_command_quotes_words_as_a_shell_reads_them(monkeypatch):
