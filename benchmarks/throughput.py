@@ -238,6 +238,7 @@ def plot_rates(rates: pd.DataFrame, path: Path, title: str) -> None:
     bars = axes.barh(rates["workload"], rates["images/s"], xerr=spread, color="tab:blue")
     axes.bar_label(bars, [f" {value:,.0f}" for value in rates["images/s"]], padding=3)
     axes.set(xscale="log", xlabel="images per second (logarithmic)", title=title)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.15)
     axes.invert_yaxis()
     figure.savefig(path)
