@@ -126,7 +126,7 @@ def create_setup(config: Config, dataset: ImageDataset) -> Setup:
         loader=loader,
         model=model,
         forward=wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm),
-        optimizer=create_optimizer(config.optimizer, model, amp_dtype, use_cuda_graph=uses_cuda_graphs(config)),
+        optimizer=create_optimizer(config.optimizer, model, amp_dtype, use_cuda_graph=uses_cuda_graphs(config, device)),
         loss_fn=nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing),
         scaler=GradScaler(device.type, enabled=amp_dtype == torch.float16),
     )

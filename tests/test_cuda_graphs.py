@@ -19,7 +19,8 @@ from cifar_ignite.data.registry import load_dataset
 from cifar_ignite.errors import TrainingError
 from cifar_ignite.models.registry import create_model
 from cifar_ignite.train import train
-from cifar_ignite.training import forward, muon
+from cifar_ignite.training import forward, muon, state
+from cifar_ignite.training.forward import uses_cuda_graphs
 from cifar_ignite.training.optimizers import create_optimizer
 from tests.helpers.cuda_graphs import record_in_static_memory
 from tests.training.fake_cuda import CUDA, fake_cuda
@@ -218,16 +219,17 @@ def test_muon_records_again_if_momentum_changes_or_weight_moves(recorded):
     assert not torch.equal(weight, before)
 
 
-@pytest.mark.parametrize(("compile_", "world_size", "expected"), [("auto", 1, 1), ("off", 1, 0), ("auto", 2, 0)])
-def test_training_records_update_of_muon(recorded, monkeypatch, tmp_path, compile_, world_size, expected):
+@pytest.mark.parametrize("is_used", [True, False])
+def test_training_records_update_of_muon_if_graphs_are_used(recorded, monkeypatch, tmp_path, is_used):
     """With one update; the augmentation of its only, smaller batch is not recorded."""
-    monkeypatch.setattr(forward, "is_single_process", lambda: world_size == 1)
-    overrides = [
-        *CPU_OVERRIDES,
-        f"output_dir={tmp_path}",
-        f"compile={compile_}",
-        "data.batch_size=64",
-        "train.epochs=1",
-    ]
+    monkeypatch.setattr(state, "uses_cuda_graphs", lambda config, device: is_used)
+    overrides = [*CPU_OVERRIDES, f"output_dir={tmp_path}", "data.batch_size=64", "train.epochs=1"]
     train(load_config("se_fast", overrides))
-    assert len(recorded) == expected
+    assert len(recorded) == is_used
+
+
+def test_graphs_are_used_on_gpu_in_single_process_unless_compile_is_off(monkeypatch):
+    assert [uses_cuda_graphs(Config(compile=mode), CUDA) for mode in ("auto", "on", "off")] == [True, True, False]
+    assert not uses_cuda_graphs(Config(), CPU)
+    monkeypatch.setattr(forward, "is_single_process", lambda: False)
+    assert not uses_cuda_graphs(Config(), CUDA)

@@ -97,9 +97,9 @@ def forget_earlier_runs() -> None:
         torch.compiler.reset()
 
 
-def uses_cuda_graphs(config: Config) -> bool:
-    """Return whether functions are recorded as CUDA graphs, if the device is a GPU; see `should_compile`."""
-    return config.compile != "off" and is_single_process()
+def uses_cuda_graphs(config: Config, device: torch.device) -> bool:
+    """Return whether functions are recorded as CUDA graphs; see `should_compile` for distributed runs."""
+    return device.type == "cuda" and config.compile != "off" and is_single_process()
 
 
 def create_training_forward(config: Config, model: nn.Module, loader: TrainLoader, amp_dtype: torch.dtype) -> Forward:

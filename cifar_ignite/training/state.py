@@ -104,9 +104,8 @@ class TrainingState:
     def _create_training(self) -> None:
         config, model, loader, device = self.config, self.model, self.train_loader, self.device
         self.scaler = GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
-        self.optimizer = create_optimizer(
-            config.optimizer, model, self.amp_dtype, use_cuda_graph=uses_cuda_graphs(config)
-        )
+        use_cuda_graph = uses_cuda_graphs(config, device)
+        self.optimizer = create_optimizer(config.optimizer, model, self.amp_dtype, use_cuda_graph=use_cuda_graph)
         loss_fn = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
         forward = create_training_forward(config, model, loader, self.amp_dtype)
         forward = wrap_ddp(model, forward, zero_images(loader, 2), sync_batch_norm=config.train.sync_batch_norm)

@@ -50,6 +50,8 @@ from tests.training.helpers import CPU
 pytestmark = [
     pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA"),
     pytest.mark.usefixtures("blank_figures"),
+    # Muon finds out whether its weights have moved.
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
 # Every recipe once, and one with Muon and stochastic depth in every precision.
 IN_ALL_PRECISIONS = "hybrid_fast"
