@@ -133,7 +133,7 @@ def train(
     device = select_device(config.device)
     enable_deterministic_algorithms()
     set_float32_precision(config.precision)
-    forget_earlier_runs()
+    forget_earlier_runs(device)
     with distributed_context(device, env) as context:
         if resume_error:  # raised once the ranks have joined, so that no other rank waits for this one
             raise resume_error
