@@ -2,7 +2,7 @@
 
 import torch
 
-WARMUP_CALLS = 3
+WARMUP_CALLS = 1
 
 
 def record_in_static_memory(function, *inputs):
