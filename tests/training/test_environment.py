@@ -63,9 +63,18 @@ def test_describe_environment_contains_neither_user_nor_machine(monkeypatch, tmp
 
 @posix_only
 def test_join_words_shortens_home_directory_at_start_of_paths_only(monkeypatch):
-    monkeypatch.setenv("HOME", "/root")
-    words = ("evaluate", "/root/best.pth", "--set", "data.root=/root/data", "output_dir=/mnt/root/out", "/root2")
-    assert join_words(*words) == "evaluate '~/best.pth' --set 'data.root=~/data' output_dir=/mnt/root/out /root2"
+    monkeypatch.setenv("HOME", "/home/ann")
+    words = (
+        "evaluate",
+        "/home/ann/best.pth",
+        "--set",
+        "data.root=/home/ann/data",
+        "output_dir=/mnt/home/ann/out",
+        "/home/ann2",
+    )
+    assert (
+        join_words(*words) == "evaluate '~/best.pth' --set 'data.root=~/data' output_dir=/mnt/home/ann/out /home/ann2"
+    )
 
 
 def test_format_command_quotes_words_as_a_shell_reads_them(monkeypatch):
