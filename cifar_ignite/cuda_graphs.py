@@ -76,6 +76,7 @@ def _leave_recording(stream: torch.cuda.Stream, error: RuntimeError) -> None:
     try:
         torch.cuda.set_stream(stream)
         torch.cuda.empty_cache()
-        torch.rand((), device=stream.device)
+        with torch.random.fork_rng([stream.device]):  # the batch draws the numbers that it would draw without a failure
+            torch.rand((), device=stream.device)
     except RuntimeError:
         raise TrainingError(f"recording a CUDA graph failed ({first_line(error)}); use compile=off") from None

@@ -71,8 +71,10 @@ class FakeDriver:
     @contextlib.contextmanager
     def fork_rng(self, devices):
         self.forked.append(devices)
-        yield
-        self.forked.pop()
+        try:
+            yield
+        finally:
+            self.forked.pop()
 
     def record(self, monkeypatch, make_graph):
         def make(function, inputs):
@@ -114,10 +116,17 @@ def test_failed_recording_is_logged_and_function_returned(driver, monkeypatch, c
     def fail(function, inputs):
         raise error
 
+    def draw(*size, device):
+        assert driver.forked == [[CUDA]]
+        draws.append(device)
+
+    draws = []
+    monkeypatch.setattr(torch, "rand", draw)
     with caplog.at_level(logging.WARNING, "cifar_ignite"):
         assert driver.record(monkeypatch, fail) is torch.neg
     assert "no CUDA graph" in caplog.text
     assert driver.streams == [driver.stream]  # torch may have left it
+    assert draws == [CUDA]
     assert gc.isenabled()
 
 
