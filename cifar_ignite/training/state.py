@@ -21,12 +21,7 @@ from cifar_ignite.checkpointing.savers import CheckpointSaver, FaultTolerantSave
 from cifar_ignite.config import Config
 from cifar_ignite.data.loaders import EvalLoader, TrainLoader
 from cifar_ignite.data.seeding import INITIAL_WEIGHTS, derive_seed
-from cifar_ignite.distributed.collectives import (
-    SyncedMetrics,
-    all_reduce_max,
-    check_sync_batch_norm,
-    wrap_ddp,
-)
+from cifar_ignite.distributed.collectives import SyncedMetrics, all_reduce_max, check_sync_batch_norm, wrap_ddp
 from cifar_ignite.errors import InputError, first_line
 from cifar_ignite.models.registry import create_model
 from cifar_ignite.training import handlers, loggers
